@@ -1,0 +1,157 @@
+"""Checkpoints: folders of safetensors and JSON that are either whole or not there.
+
+    runs/demo/checkpoints/step_00000300/
+        meta.json                 step, configuration, data position, random state, last evaluation
+        model.safetensors         float32 weights, named as in the un-compiled module
+        optimizer.safetensors     one tensor a parameter and buffer: 'recur.0.up.weight/momentum_buffer'
+        memory_0.safetensors      Transformer-XL memory of the rows of rank 0
+        SHA256SUMS                of all of them; `sha256sum -c` reads it
+    runs/demo/checkpoints/best -> step_00000200
+
+A checkpoint is written under another name, flushed to disk and renamed: a killed run leaves the one before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+import config
+import data
+from model import ModelConfig, RecurrentTransformer
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or of another model; the message names the folder and the remedy."""
+
+
+def begin(folder, step):
+    """Make and return the unfinished folder of a checkpoint; leftovers of killed runs are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.unfinished"):
+        shutil.rmtree(leftover)
+    path = folder / f"step_{step:08d}.unfinished"
+    path.mkdir()
+    return path
+
+
+def write_tensors(path, name, tensors):
+    """Write `{name: tensor}` as NAME.safetensors into an unfinished checkpoint."""
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path / f"{name}.safetensors")
+
+
+def finish(path, meta):
+    """Add meta.json and the checksums, flush everything to disk and give the checkpoint its name. Returns its path."""
+    (path / "meta.json").write_text(json.dumps(meta, indent=1))
+    files = sorted(path.iterdir())
+    (path / "SHA256SUMS").write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files))
+    for file in [*files, path / "SHA256SUMS", path]:
+        _flush(file)
+    done = path.with_suffix("")
+    if done.exists():  # the same step again, from a run that was set back
+        shutil.rmtree(done)
+    path.rename(done)
+    _flush(done.parent)
+    return done
+
+
+def mark_best(path):
+    """Point the link `best` beside the checkpoint at it."""
+    link = path.parent / "best.unfinished_link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    link.replace(path.parent / "best")
+
+
+def prune(folder, keep):
+    """Delete all but the newest `keep` checkpoints and the best."""
+    best = (folder / "best").resolve()
+    for path in steps(folder)[:-keep]:
+        if path != best:
+            shutil.rmtree(path)
+
+
+def steps(folder):
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.resolve().glob("step_*") if not path.suffix)
+
+
+def find(where=None):
+    """The checkpoint meant by `where`: a checkpoint folder, a run folder (its newest), or None (the newest of all).
+
+    Raises `CheckpointError`.
+    """
+    if where is None:
+        found = [step for folder in Path("runs").glob("*/checkpoints") for step in steps(folder)]
+        if not found:
+            raise CheckpointError("no checkpoint under runs/; train one first, for example with `make demo`")
+        return max(found, key=lambda path: path.stat().st_mtime)
+    path = Path(where)
+    if (path / "meta.json").exists():
+        return path
+    if found := steps(path / "checkpoints") or steps(path):
+        return found[-1]
+    raise CheckpointError(f"{path}: " + ("holds no checkpoint" if path.exists() else "no such folder"))
+
+
+def read_meta(path):
+    """The contents of meta.json after every file of the checkpoint has been checked. Raises `CheckpointError`."""
+    remedy = f"delete {path} to go on from the checkpoint before it"
+    try:
+        lines = (path / "SHA256SUMS").read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}/SHA256SUMS: {error}; {remedy}") from None
+    for name in {"meta.json", "model.safetensors"} | set(sums):
+        file = path / name
+        if not file.exists():
+            raise CheckpointError(f"{file}: missing; {remedy}")
+        if _sha256(file) != sums.get(name):
+            raise CheckpointError(f"{file}: truncated or altered (its SHA-256 is not the recorded one); {remedy}")
+    return json.loads((path / "meta.json").read_text())
+
+
+def read_tensors(path, name, device="cpu"):
+    """The tensors of NAME.safetensors. Raises `CheckpointError`."""
+    try:
+        return load_file(path / f"{name}.safetensors", device=str(device))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}/{name}.safetensors: {error}") from None
+
+
+def load_weights(model, path, device="cpu"):
+    """Load model.safetensors into `model`. Raises `CheckpointError` where names or shapes differ."""
+    weights, own = read_tensors(path, "model", device), model.state_dict()
+    for name in sorted(weights.keys() | own.keys()):
+        there, here = weights.get(name), own.get(name)
+        if there is None or here is None or there.shape != here.shape:
+            shapes = [tuple(x.shape) if x is not None else "absent" for x in (there, here)]
+            raise CheckpointError(f"{path}: another architecture: '{name}' is {shapes[0]} there and {shapes[1]} here")
+    model.load_state_dict(weights)
+
+
+def load_model(where=None, device="cpu", compute_dtype=torch.float32):
+    """The model of the checkpoint `where` (see `find`), ready to evaluate, and its meta. Raises `CheckpointError`."""
+    path = find(where)
+    meta = read_meta(path)
+    model = RecurrentTransformer(config.from_dict(meta["config"]["model"], ModelConfig, str(path)), compute_dtype)
+    load_weights(model, path)
+    if model.config.vocab_size != data.VOCAB_SIZE:
+        raise CheckpointError(f"{path}: its vocabulary of {model.config.vocab_size} is not the bundled tokenizer's")
+    return model.to(device).eval(), meta
+
+
+def _sha256(file):
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,452 @@
+"""The adaptive-recurrent transformer: one shared block, applied up to N times per token.
+
+    e = norm(embedding(tokens)), through P prelude blocks          h_0 = e
+    for n in 1..N:
+        u   = a_n * norm(h_{n-1}) + b_n * e                        the state is renormalised, the input re-injected
+        h_n = blocks(u; gains of step n; memory of step n)         R blocks, the same weights at every step
+        p_n = sigmoid(halting_head(norm(h_n)))                     ACT: halt once p_1 + ... + p_n >= 1 - eps
+        out += w_n * h_n                                           w_n = p_n, or the remainder at the halting step
+    logits = norm(coda(out)) @ embedding.T                         C coda blocks, tied head
+
+A token that has halted is frozen: at later steps the others see the keys and values of its last active step. So the
+same logits come out of dense training, of scoring only the active tokens, and of decoding one token at a time.
+
+Transformer-XL memory (Dai et al. 2019, arXiv 1901.02860) and decoding cache are one thing: `Memory` holds the keys and
+values of the tokens before this segment, without gradient. Attention never crosses a document boundary.
+
+Shapes: B batch, T segment length, M memory length, N maximum depth, D width, H heads, d = D / H, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+
+import data
+
+
+@dataclass
+class ModelConfig:
+    width: int = 1280  # D
+    heads: int = 20  # H
+    hidden: int = 10240  # SwiGLU
+    prelude: int = 0  # P own blocks before the recurrence
+    recur: int = 1  # R blocks inside it
+    coda: int = 0  # C own blocks after it
+    max_depth: int = 8  # N, how often the R blocks are applied
+    share: bool = True  # false: N x R own blocks, a stacked transformer
+    halting: Literal["fixed", "act"] = "act"
+    halting_eps: float = 0.01  # a token halts when its halting probabilities sum to 1 - eps
+    halting_bias: float = -3.0  # sigmoid(-3) = 0.05: start deep, learn to stop (a shallow start never deepens)
+    injection: Literal["none", "gain", "concat_linear"] = "gain"
+    step_gains: bool = True  # own gains on the branches at every step, 4 x D per block and step
+    memory: Literal["per_step", "last_step"] = "per_step"  # last_step: one K/V slot for all steps, N times smaller
+    cross_documents: bool = False  # true: attention and memory run across document boundaries
+    rope_base: float = 10000.0
+    vocab_size: int = data.VOCAB_SIZE
+    document_start: int = data.EOT  # the token that opens every document
+
+    def __post_init__(self):
+        for name in ("width", "heads", "hidden", "max_depth", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
+        if min(self.prelude, self.coda) < 0 or self.recur < 1:
+            raise ValueError("'prelude' and 'coda' must be at least 0 and 'recur' at least 1")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"'width' {self.width} must be 'heads' ({self.heads}) times an even number (rotary pairs)")
+        if not 0 < self.halting_eps < 1:
+            raise ValueError(f"'halting_eps' must lie between 0 and 1, not {self.halting_eps}")
+        if not self.share and self.memory == "last_step":
+            raise ValueError("'memory = last_step' needs 'share = true': own blocks cannot read each other's keys")
+        if not 0 <= self.document_start < self.vocab_size:
+            raise ValueError(f"'document_start' {self.document_start} is not in the vocabulary of {self.vocab_size}")
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of the embedding: a multiple of 128 keeps the head GEMM on the fast path. The extra rows are masked."""
+        return -(-self.vocab_size // 128) * 128
+
+
+@dataclass
+class Memory:
+    """Keys and values of the last M tokens of every row, one entry a slot, rotated at their absolute position.
+
+    keys, values: lists of (B, M, H, d). live: (B,) int64, how many of the last entries the next token may see: those of
+    the document it continues. position: how many tokens each row has read.
+    """
+
+    keys: list
+    values: list
+    live: torch.Tensor
+    position: int = 0
+
+    @property
+    def length(self):
+        return self.keys[0].shape[1]
+
+    def resized(self, length):
+        """The same memory holding `length` tokens: the oldest are dropped, or room is made before them."""
+        room = length - self.length
+        if room > 0:
+            resize = lambda x: F.pad(x, (0, 0, 0, 0, room, 0))  # noqa: E731
+        else:
+            resize = lambda x: x[:, -room:].clone()  # noqa: E731
+        keys, values = [resize(k) for k in self.keys], [resize(v) for v in self.values]
+        return Memory(keys, values, self.live.clamp(max=length), self.position)
+
+
+@dataclass
+class Output:
+    """Of one segment. logits: (B, T, V), or None where `targets` were given; nll: (B, T) float32 nats, or None;
+    depth: (B, T) int64 steps used, Graves' N(t); ponder: (B, T) float32, N(t) + R(t); weights: (steps, B, T) of the
+    states in the output, or None where halting is fixed; context: mean number of visible keys, a scalar tensor;
+    memory: for the next segment, or None."""
+
+    logits: torch.Tensor | None
+    nll: torch.Tensor | None
+    depth: torch.Tensor
+    ponder: torch.Tensor
+    weights: torch.Tensor | None
+    context: torch.Tensor
+    memory: Memory | None
+
+
+def norm(x):
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias that computes in the dtype of its input; the float32 weight is the master copy."""
+
+    def __init__(self, fan_in, fan_out):
+        super().__init__(fan_in, fan_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Spans:
+    """Which keys each query sees: of [memory, segment] the interval from the start of its document up to itself.
+
+    first: (B, T), the first visible key of every query. On CUDA in half precision attention runs FlashAttention over
+    the documents as ragged sequences (`varlen`); elsewhere it is masked dense attention.
+    """
+
+    def __init__(self, tokens, memory, config, varlen):
+        B, T = tokens.shape
+        self.M = M = memory.length if memory else 0
+        live = memory.live if memory else tokens.new_zeros(B)
+        index = torch.arange(T, device=tokens.device)
+        starts = torch.where(tokens == config.document_start, index, -1)
+        if config.cross_documents:
+            starts = torch.full_like(starts, -1)
+        start = starts.cummax(1).values  # of the query's document, or -1 where it began before this segment
+        self.first = torch.where(start >= 0, M + start, M - live[:, None])
+        self.context = (M + index - self.first + 1).float().mean()
+        self.live = torch.where(start[:, -1] >= 0, T - start[:, -1], live + T)
+        self.mask = self.cu_q = self.cu_k = None
+        if varlen:
+            self._pack(starts, B, T, M)
+        else:
+            key = torch.arange(M + T, device=tokens.device)
+            self.mask = ((key >= self.first[..., None]) & (key <= M + index[:, None]))[:, None]  # (B, 1, T, M + T)
+
+    def _pack(self, starts, B, T, M):
+        """Cumulative sequence lengths. Each row is: its dead memory (no queries), the document that goes on from the
+        live memory, then the documents that start in the segment."""
+        row, column = (starts > 0).nonzero(as_tuple=True)
+        rows = torch.arange(B, device=starts.device)
+        q = torch.cat([rows * T, rows * T, row * T + column, rows.new_tensor([B * T])])
+        k = torch.cat([rows * (M + T), rows * (M + T) + self.first[:, 0], row * (M + T) + M + column,
+                       rows.new_tensor([B * (M + T)])])  # fmt: skip
+        self.cu_q, self.cu_k = q.sort().values.int(), k.sort().values.int()
+        for lengths in (self.cu_q, self.cu_k):  # their number changes with every segment; the graph must not
+            torch._dynamo.maybe_mark_dynamic(lengths, 0)
+
+    def attend(self, q, k, v):
+        """Attention of q (B, T, H, d) over k and v (B, M + T, H, d)."""
+        if self.mask is not None:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
+        T, S = q.shape[1], k.shape[1]
+        out = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), self.cu_q, self.cu_k, T, S, window_size=(-1, 0))
+        return out.view_as(q)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: causal attention with QK-norm and rotary positions, then SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, F = config.width, config.hidden
+        self.heads = config.heads
+        self.query, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
+        self.gate, self.up, self.down = Linear(D, F), Linear(D, F), Linear(F, D)
+
+    def forward(self, x, gains, rope, spans, past, frozen=None, active=None):
+        """x: (B, T, D). gains: (4, D), or None. past: the memory's (keys, values), or None. frozen: this segment's
+        (keys, values) at the step before, kept where `active` (B, T) is false. Returns x and the (keys, values)."""
+        attn_in, attn_out, mlp_in, mlp_out = (1, 1, 1, 1) if gains is None else gains.to(x.dtype)
+        y = norm(x) * attn_in
+        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
+        if frozen is not None:
+            k, v = (torch.where(active[..., None, None], new, old) for new, old in zip((k, v), frozen))
+        keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
+        x = x + attn_out * self.output(spans.attend(q, keys, values).flatten(-2))
+        y = norm(x) * mlp_in
+        x = x + mlp_out * self.down(F.silu(self.gate(y)) * self.up(y))
+        return x, (k, v)
+
+
+def rotate(x, rope):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (B, T, H, d); rope: cos and sin, (T, 1, d/2)."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+class RecurrentTransformer(nn.Module):
+    """The model of this file's docstring. Parameters are float32; `compute_dtype` is the dtype of the activations."""
+
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        D, N, R = config.width, config.max_depth, config.recur
+        self.embedding = nn.Embedding(config.padded_vocab_size, D)
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude))
+        self.recur = nn.ModuleList(Block(config) for _ in range(R if config.share else N * R))
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.coda))
+        self.gains = nn.Parameter(torch.empty(N, R, 4, D)) if config.step_gains else None
+        self.inject = None
+        if config.injection == "gain":
+            self.inject = nn.Parameter(torch.empty(N, 2))  # a_n, b_n
+        elif config.injection == "concat_linear":
+            self.inject = Linear(2 * D, D)
+        self.halting = nn.Linear(D, 1) if config.halting == "act" else None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """embedding            normal, std 0.02
+        query key value gate up normal, std 1/sqrt(fan in)
+        output down             zero: every block starts as the identity
+        gains                   1
+        a_n, b_n                1, and b_1 = 0 since h_0 is e itself; concat_linear starts as u = e
+        halting                 weight 0, bias from the config: at first every token takes the same number of steps
+        """
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in [*self.prelude, *self.recur, *self.coda]:
+            for name, layer in block.named_children():
+                std = 0.0 if name in ("output", "down") else layer.in_features**-0.5
+                nn.init.normal_(layer.weight, std=std)
+        if self.gains is not None:
+            self.gains.fill_(1)
+        if self.config.injection == "gain":
+            self.inject.fill_(1)[0, 1] = 0
+        elif self.config.injection == "concat_linear":
+            self.inject.weight.copy_(torch.eye(self.config.width, 2 * self.config.width))
+        if self.halting is not None:
+            nn.init.zeros_(self.halting.weight)
+            nn.init.constant_(self.halting.bias, self.config.halting_bias)
+
+    def compile(self):
+        """Compile one recurrence step and the loss, not the loop: one graph serves every step, depth and memory."""
+        self.step = torch.compile(self.step, dynamic=False)
+        self.run_block = torch.compile(self.run_block, dynamic=False)
+        self.loss = torch.compile(self.loss, dynamic=False)
+
+    def forward(self, tokens, targets=None, memory=None, depth=None):
+        """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
+        rule, or k to make every token take exactly k steps (no token halts before). Returns `Output`.
+
+        Raises ValueError for a depth outside 1..N.
+        """
+        N, R = self.config.max_depth, self.config.recur
+        if depth is not None and not 1 <= depth <= N:
+            raise ValueError(f"depth must lie in 1..{N}, not {depth}")
+        steps, adaptive = depth or N, self.halting is not None and depth is None
+        h = norm(self.embedding(tokens).to(self.compute_dtype))
+        spans = Spans(tokens, memory, self.config, varlen=h.is_cuda and h.dtype != torch.float32)
+        rope = self._rope(tokens.shape[1], memory)
+        written = []  # this segment's keys and values, one pair a memory slot
+
+        for block in self.prelude:
+            h, kv = self.run_block(block, h, rope, spans, self._past(memory, len(written)))
+            written.append(kv)
+
+        e, kvs = h, None
+        state = ActState.start(tokens, h) if self.halting is not None else None
+        weights = []
+        # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
+        thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=h.device)
+        thresholds[-1] = -math.inf
+        for n in range(steps):
+            blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
+            pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
+            gains = [None] * R if self.gains is None else self.gains[n].unbind()
+            inject = self.inject[n] if self.config.injection == "gain" else None
+            h, kvs, state, weight = self.step(
+                blocks, gains, inject, h, e, rope, spans, pasts, kvs, state, thresholds[n]
+            )
+            weights.append(weight)
+            if self.config.memory == "per_step":
+                written.extend(kvs)
+            if adaptive and not torch.is_grad_enabled() and not state.active.any():
+                break
+        # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;
+        # last_step: that is all there is
+        written.extend(kvs * ((N - n - 1) if self.config.memory == "per_step" else 1))
+        out = h if state is None else state.out.to(h.dtype)
+
+        for block in self.coda:
+            out, kv = self.run_block(block, out, rope, spans, self._past(memory, len(written)))
+            written.append(kv)
+
+        if targets is None:
+            logits, nll = self._logits(out), None
+        else:
+            logits, nll = None, self.loss(out, targets)
+        taken = torch.full_like(tokens, steps) if state is None else state.depth
+        ponder = taken.float() if state is None else taken + state.remainder_at_halt
+        stacked = None if state is None else torch.stack(weights)
+        memory = self._remember(memory, written, spans) if memory else None
+        return Output(logits, nll, taken, ponder, stacked, spans.context, memory)
+
+    def run_block(self, block, x, rope, spans, past):
+        return block(x, None, rope, spans, past)
+
+    def step(self, blocks, gains, inject, h, e, rope, spans, pasts, frozen, state, threshold):
+        """One recurrence: injection, the R blocks, halting. The part that `compile` turns into one graph.
+
+        Returns the new state h (B, T, D), the R blocks' (keys, values), the `ActState` and this step's output weights.
+        """
+        if self.config.injection == "gain":
+            a, b = inject.to(h.dtype)
+            h = a * norm(h) + b * e
+        elif self.config.injection == "concat_linear":
+            h = self.inject(torch.cat([e, h], -1))
+        active = None if state is None else state.active
+        kvs = []
+        for r, block in enumerate(blocks):
+            h, kv = block(h, gains[r], rope, spans, pasts[r], frozen[r] if frozen and state else None, active)
+            kvs.append(kv)
+        if state is None:
+            return h, kvs, None, None
+        p = torch.sigmoid(self.halting(norm(h.float()))).squeeze(-1)
+        state, weight = state.advance(h, p, threshold)
+        return h, kvs, state, weight
+
+    def loss(self, out, targets):
+        """Negative log-likelihood of targets (B, T) in nats, float32; the states `out` are (B, T, D)."""
+        logits = self._logits(out).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    def _logits(self, out):
+        return F.linear(norm(out), self.embedding.weight.to(out.dtype))[..., : self.config.vocab_size]
+
+    # ---------------------------------------------------------------------------------------------- memory
+
+    def _slot(self, n, r):
+        """The memory slot of recurrent block r at step n, counted from the first after the prelude's."""
+        return n * self.config.recur + r if self.config.memory == "per_step" else r
+
+    def _past(self, memory, slot):
+        return (memory.keys[slot], memory.values[slot]) if memory else None
+
+    def new_memory(self, batch, length):
+        """An empty memory of `length` tokens for `batch` rows; its size is `slots * 2 * batch * length * D` numbers."""
+        c = self.config
+        slots = c.prelude + c.coda + c.recur * (c.max_depth if c.memory == "per_step" else 1)
+        device = self.embedding.weight.device
+        shape = (batch, length, c.heads, c.width // c.heads)
+        empty = [torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2 * slots)]
+        return Memory(empty[:slots], empty[slots:], torch.zeros(batch, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def _remember(self, memory, written, spans):
+        """The memory after this segment. Detached: no gradient reaches an earlier segment."""
+        M, T = memory.length, written[0][0].shape[1]
+        roll = lambda old, new: torch.cat([old[:, T:], new[:, -M:] if M else new[:, :0]], 1)  # noqa: E731
+        keys = [roll(old, new) for old, (new, _) in zip(memory.keys, written)]
+        values = [roll(old, new) for old, (_, new) in zip(memory.values, written)]
+        return Memory(keys, values, spans.live.clamp(max=M), memory.position + T)
+
+    def _rope(self, length, memory):
+        """cos and sin (T, 1, d/2) at the absolute positions of this segment. Angles are taken in float64: a stream runs
+        for billions of tokens, and only differences of positions may matter."""
+        device, d = self.embedding.weight.device, self.config.width // self.config.heads
+        position = torch.arange(length, device=device, dtype=torch.float64) + (memory.position if memory else 0)
+        frequency = self.config.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
+        angle = position[:, None, None] * frequency
+        return angle.cos().float(), angle.sin().float()
+
+    # ---------------------------------------------------------------------------------------------- accounting
+
+    def parameter_counts(self):
+        """Parameters by part: embedding (rows in use, without the padding), block(s), rest, total."""
+        embedding = self.config.vocab_size * self.config.width
+        blocks = sum(p.numel() for part in (self.prelude, self.recur, self.coda) for p in part.parameters())
+        rest = sum(p.numel() for p in self.parameters()) - blocks - self.embedding.weight.numel()
+        return {"embedding": embedding, "blocks": blocks, "rest": rest, "total": embedding + blocks + rest}
+
+    def flops_per_token(self, depth, context):
+        """Forward FLOPs of one token that takes `depth` steps and sees `context` keys; training costs three times that.
+        Counts the work of the weights as often as they are used, and a multiply-add as two."""
+        c = self.config
+        block = 2 * (4 * c.width**2 + 3 * c.width * c.hidden) + 4 * c.width * context
+        inject = 4 * c.width**2 if c.injection == "concat_linear" else 0
+        uses = c.prelude + c.coda + depth * c.recur
+        return uses * block + depth * inject + 2 * c.padded_vocab_size * c.width
+
+
+@dataclass
+class ActState:
+    """Adaptive computation time (Graves 2016, arXiv 1603.08983, section 2) of every token; all but `out` are (B, T).
+
+    out: (B, T, D) float32, the weighted sum of states so far. remainder: 1 minus the weights so far. active: not
+    halted. depth: N(t), the steps used. remainder_at_halt: R(t), zero until the token halts.
+    """
+
+    out: torch.Tensor
+    remainder: torch.Tensor
+    active: torch.Tensor
+    depth: torch.Tensor
+    remainder_at_halt: torch.Tensor
+
+    @staticmethod
+    def start(tokens, h):
+        one = torch.ones(tokens.shape, device=h.device)
+        return ActState(torch.zeros_like(h, dtype=torch.float32), one, one.bool(), torch.zeros_like(tokens), 0 * one)
+
+    def advance(self, h, p, threshold):
+        """The state after a step that gave states h and halting probabilities p (B, T). Returns it and the weights w_n.
+
+        A token halts when its probabilities reach `threshold`; it then gets the whole remainder (equation 6)."""
+        halts = self.active & (1 - self.remainder + p >= threshold)
+        weight = torch.where(halts, self.remainder, torch.minimum(p, self.remainder) * self.active)
+        out = self.out + weight[..., None] * h
+        at_halt = self.remainder_at_halt + torch.where(halts, self.remainder, 0.0)
+        state = ActState(out, self.remainder - weight, self.active & ~halts, self.depth + self.active, at_halt)
+        return state, weight
+
+
+class PonderWeight:
+    """The weight lambda of the ponder cost, `cross-entropy + lambda * mean(N + R)`, constant or steered to a depth.
+
+    With a target it is the multiplier of the constraint `mean depth = target` (dual ascent). It may become negative:
+    the weighted mean of states pulls shallow by itself, and a multiplier that could only penalise would not lift it.
+    """
+
+    def __init__(self, value, target_depth=0.0, rate=1e-4, limit=0.1):
+        self.value, self.target_depth, self.rate, self.limit = value, target_depth, rate, limit
+
+    def update(self, mean_depth):
+        """Move after an optimizer step whose tokens took `mean_depth` steps on average."""
+        if self.target_depth:
+            moved = self.value + self.rate * (mean_depth - self.target_depth)
+            self.value = min(max(moved, -self.limit), self.limit)
