@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sqlite3
 import sys
 import tempfile
@@ -179,6 +180,13 @@ class Output:
             raise DataError(f"{self.folder}: has shards but neither manifest nor progress; delete it or change 'out'")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(self.database, timeout=1)
+        try:
+            self.load(inputs)
+        except BaseException:
+            self.db.close()
+            raise
+
+    def load(self, inputs):
         self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
@@ -186,21 +194,23 @@ class Output:
         self.db.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         self.db.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value)")
         saved = dict(self.db.execute("SELECT name, value FROM state"))
-        self.open = {split: np.frombuffer(saved.get(split, b""), "<u2") for split in ("train", "val")}
-        self.open = {split: [ids] if len(ids) else [] for split, ids in self.open.items()}
         if saved:
-            state = json.loads(saved["state"])
-            refuse_changes(self.folder, state["manifest"], config)
-            changed = list(differences(state["inputs"], inputs))
+            self.state = json.loads(saved["state"])
+            refuse_changes(self.folder, self.state["manifest"], self.config)
+            changed = list(differences(self.state["inputs"], inputs))
             if changed:
                 changes = f"{changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''}"
                 raise DataError(f"{self.folder}: input changed since the run began ({changes}); delete the folder")
-            state["manifest"]["config"] = asdict(config)
+            self.state["manifest"]["config"] = asdict(self.config)
         else:
+            for split in ("train", "val"):  # shards of a run that ended before its first commit
+                shutil.rmtree(self.folder / split, ignore_errors=True)
             counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in ("train", "val")}
-            state = {"phase": 0, "next": (0, 0, 0), "read": 0, "open": counts, "inputs": inputs}
-            state["manifest"] = new_manifest(config)
-        self.state, self.manifest = state, state["manifest"]
+            self.state = {"phase": 0, "next": (0, 0, 0), "read": 0, "open": counts, "inputs": inputs}
+            self.state["manifest"] = new_manifest(self.config)
+        self.manifest = self.state["manifest"]
+        begun = {split: saved.get(split, b"") for split in ("train", "val")}
+        self.open = {split: [np.frombuffer(ids, "<u2")] if ids else [] for split, ids in begun.items()}
 
     def is_new(self, digest):
         """Whether this text was not seen before, in any domain or split; from now on it was."""
@@ -285,7 +295,7 @@ def refuse_changes(folder, manifest, config):
     """Raise `DataError` where `folder` was begun with another configuration."""
     wanted = new_manifest(config)
     keys = ("version", "tokenizer_sha256", "config")
-    changed = list(differences({key: manifest[key] for key in keys}, {key: wanted[key] for key in keys}))
+    changed = list(differences({key: manifest.get(key) for key in keys}, {key: wanted[key] for key in keys}))
     if not (folder / "manifest.json").exists():  # what a run read until it stopped is the same either way
         changed = [change for change in changed if change != "config.on_error: 'stop' -> 'skip'"]
     if changed:
@@ -310,7 +320,7 @@ def prepare(config, workers=None):
     # Held-out sources come first, so that a training document equal to a held-out one is the one that is dropped.
     phases = [(name, "val") for name, domain in config.domains.items() if domain.val]
     phases += [(name, "train") for name in config.domains]
-    total = config.tokens or (sum(inputs.values()) if min(inputs.values()) >= 0 else None)
+    total = config.tokens or (None if -1 in inputs.values() else sum(inputs.values()))
     unit = "token" if config.tokens else "B"
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     interval = sys.getswitchinterval()
@@ -415,6 +425,16 @@ def verify(folder):
     manifest = read_manifest(folder)
     if not manifest:
         raise DataError(f"{folder}: not prepared, or not to the end; run the same command without --verify")
+    try:
+        wrong, listed = compare_shards(folder, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        wrong = [f"manifest.json has no {error}"]
+    if wrong:
+        raise DataError(f"{folder}: {len(wrong)} differences, first: {wrong[0]}; delete the folder, prepare it again")
+    print(f"{folder}: {len(listed)} shards are as the manifest says")
+
+
+def compare_shards(folder, manifest):
     wrong, listed = [], set()
     for domain, split in itertools.product(manifest["domains"].values(), ("train", "val")):
         for shard in domain[split]["shards"]:
@@ -430,9 +450,7 @@ def verify(folder):
             if sum(shard[key] for shard in domain[split]["shards"]) != domain[split][key]:
                 wrong.append(f"the manifest's {key} do not add up")
     wrong += [f"{path} is not in the manifest" for path in sorted(set(folder.glob("*/*/*.bin*")) - listed)]
-    if wrong:
-        raise DataError(f"{folder}: {len(wrong)} differences, first: {wrong[0]}; delete the folder, prepare it again")
-    print(f"{folder}: {len(listed)} shards are as the manifest says")
+    return wrong, listed
 
 
 def print_summary(manifest):

@@ -102,10 +102,11 @@ def read_sources(sources, start, seed):
             continue
         first, skip = start[1:] if s == start[0] else (0, 0)
         for f, (name, path) in enumerate(files[first:], first):
-            before = 0
+            done = skip if f == first else 0
+            before = None if done else 0  # the part read by an earlier run was counted then
             try:
-                for index, text, position in read_file(source, path, skip if f == first else 0, seed):
-                    yield Record(text, s, name, (s, f, index), position - before)
+                for index, text, position in read_file(source, path, done, seed):
+                    yield Record(text, s, name, (s, f, index), 0 if before is None else position - before)
                     before = position
             except (OSError, DataError, zstandard.ZstdError) as error:
                 yield Record(Bad(getattr(error, "strerror", None) or str(error)), s, name, (s, f + 1, 0), 0)
