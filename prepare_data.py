@@ -344,7 +344,7 @@ def prepare_phase(out, phase, name, split, pool, bar):
     sources = domain.sources if split == "train" else domain.val
     entries = [entry for entry in out.manifest["domains"][name]["sources"] if entry["split"] == split]
     fraction = config.val_fraction if domain.val_fraction is None else domain.val_fraction
-    held_out = 2**64 * (1 if split == "val" else 0 if domain.val else fraction)
+    fraction = 1 if split == "val" else 0 if domain.val else fraction
     budget = math.inf
     if config.tokens and split == "train":
         budget = config.tokens * domain.weight / sum(domain.weight for domain in config.domains.values())
@@ -369,7 +369,7 @@ def prepare_phase(out, phase, name, split, pool, bar):
         elif not out.is_new(done.digest):
             entry["duplicates"] += 1
         else:
-            part = "val" if int.from_bytes(done.digest[:8]) < held_out else "train"
+            part = "val" if int.from_bytes(done.digest[:8]) < fraction * 2**64 else "train"
             filled = out.add(part, name, done)
             text_bytes += done.bytes
             tokens = len(done.ids) if part == "train" else 0
@@ -460,8 +460,13 @@ def print_summary(manifest):
         lost = [sum(source[key] for source in d["sources"]) for key in ("duplicates", "short", "skipped")]
         counts = [f"{n:,}" for n in (d["train"]["documents"], d["train"]["tokens"])]
         print(columns.format(name, *counts, f"{d['train']['bytes'] / 1e6:.2f}", f"{d['val']['documents']:,}", *lost))
+    budget, weights = manifest["config"]["tokens"], sum(d["weight"] for d in manifest["domains"].values())
+    for name, d in manifest["domains"].items():
+        if d["train"]["tokens"] < budget * d["weight"] / weights:
+            print(f"{name}: its sources fall short of its budget of {budget * d['weight'] / weights:,.0f} tokens")
     for skipped in manifest["skipped"][:5]:
-        print(f"skipped {skipped['file']}:{skipped['line'] or ''} {skipped['reason']}")
+        line = f":{skipped['line']}" if skipped["line"] else ""
+        print(f"skipped {skipped['file']}{line}: {skipped['reason']}")
     if manifest["skipped_total"] > 5:
         print(f"... {manifest['skipped_total']} records skipped in all; the manifest lists the first {MAX_SKIPPED}")
 

@@ -77,6 +77,10 @@ class Source:
 # reading: every reader yields (index, text or Bad, bytes of the file read so far), from the record after `skip` on
 
 
+class BrokenOff(DataError):
+    """A download that broke off part way. It always stops the run, which can continue: skipping would lose the rest."""
+
+
 class Bad(NamedTuple):
     """A record that cannot be used, and why."""
 
@@ -108,6 +112,8 @@ def read_sources(sources, start, seed):
                 for index, text, position in read_file(source, path, done, seed):
                     yield Record(text, s, name, (s, f, index), 0 if before is None else position - before)
                     before = position
+            except BrokenOff:
+                raise
             except (OSError, DataError, zstandard.ZstdError) as error:
                 yield Record(Bad(getattr(error, "strerror", None) or str(error)), s, name, (s, f + 1, 0), 0)
 
@@ -162,7 +168,7 @@ class ZstdFile(io.RawIOBase):
     """Decompressed bytes of `raw`. The library's own stream reader ends a truncated file without a word."""
 
     def __init__(self, raw):
-        self.raw, self.frame, self.ready = raw, None, b""
+        self.raw, self.frame, self.ready, self.consumed = raw, None, b"", 0
 
     def readable(self):
         return True
@@ -170,7 +176,10 @@ class ZstdFile(io.RawIOBase):
     def readinto(self, buffer):
         while not self.ready:
             ended = self.frame is not None and self.frame.eof
-            chunk = (self.frame.unused_data if ended else b"") or self.raw.read(2**16)
+            chunk = self.frame.unused_data if ended else b""
+            if not chunk:
+                chunk = self.raw.read(2**16)
+                self.consumed += len(chunk)
             if not chunk and self.frame is not None and not ended:
                 raise DataError("the compressed file is truncated; copy it again")
             if not chunk:
@@ -186,10 +195,12 @@ class ZstdFile(io.RawIOBase):
 def read_jsonl(source, path, skip):
     # A reader of our own: `datasets` does not tell the line of a broken record, nor how far into the file it is.
     with open(path, "rb") as raw:
-        lines = io.BufferedReader(ZstdFile(raw), 2**18) if str(path).endswith(".zst") else raw
-        number = 0
+        packed = ZstdFile(raw) if str(path).endswith(".zst") else None
+        lines = io.BufferedReader(packed, 2**18) if packed else raw
+        number = position = 0
         while line := lines.readline(MAX_DOCUMENT + 1):
             number += 1
+            position = packed.consumed if packed else position + len(line)
             if number <= skip or line.isspace():
                 continue
             if len(line) > MAX_DOCUMENT:
@@ -200,7 +211,7 @@ def read_jsonl(source, path, skip):
                 text = Bad(f"not UTF-8 at byte {error.start} of the line")
             except json.JSONDecodeError as error:
                 text = Bad(f"broken JSON: {error.msg} at column {error.colno}")
-            yield number, Bad(text.reason, number) if isinstance(text, Bad) else text, raw.tell()
+            yield number, Bad(text.reason, number) if isinstance(text, Bad) else text, position
         if not number:
             raise DataError("the file is empty")
 
@@ -227,6 +238,7 @@ def read_hub(source, skip, seed):
 
 def stream(source, skip, *arguments, **options):
     """Rows that `datasets` reads. Its and the network's many exceptions become one `DataError`."""
+    number = skip
     try:
         import datasets  # here, because the import takes seconds and most sources do not need it
         from huggingface_hub.utils import logging as hub_logging
@@ -240,8 +252,11 @@ def stream(source, skip, *arguments, **options):
     except ImportError as error:
         raise DataError(f"{error}; pip install -r requirements.txt") from None
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"datasets cannot read it: {reason or type(error).__name__}; check name and network") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if source.hub and number:
+            where = f"{source.hub}: broke off after row {number}"
+            raise BrokenOff(f"{where}: {reason}; the same command continues where this run was") from error
+        raise DataError(f"datasets cannot read it: {reason}; check name and network") from error
 
 
 def read_text(source, path, skip):

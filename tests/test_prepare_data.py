@@ -137,7 +137,7 @@ def test_validation_split_is_disjoint_and_follows_the_seed():
     assert documents("other", "val", "a") != held_out
 
 
-def test_budget_is_split_by_weight_and_overshot_by_less_than_a_document():
+def test_budget_is_split_by_weight_and_overshot_by_less_than_a_document(capsys):
     domains = {
         "a": {"weight": 3.0, "sources": [write_jsonl("a.jsonl", texts(300, 1)), write_jsonl("c.jsonl", texts(300, 3))]},
         "b": {"weight": 1.0, "sources": [write_jsonl("b.jsonl", texts(300, 2))]},
@@ -145,7 +145,9 @@ def test_budget_is_split_by_weight_and_overshot_by_less_than_a_document():
     manifest = prepare(domains, tokens=8000, val_fraction=0.1)
     for name, budget in (("a", 6000), ("b", 2000)):
         assert budget <= manifest["domains"][name]["train"]["tokens"] < budget + 300
+    assert "fall short" not in capsys.readouterr().out
     whole = prepare(domains, tokens=10**7, out="whole")
+    assert "a: its sources fall short of its budget of 7,500,000 tokens" in capsys.readouterr().out
     assert whole["domains"]["a"]["train"]["documents"] == 600, "a domain that falls short is used whole"
 
 
@@ -339,7 +341,7 @@ def test_bad_records_stop_the_run_or_are_listed(name, content, message, capsys):
     assert [source["skipped"] for source in manifest["domains"]["a"]["sources"]] == [1, 0]
     assert manifest["skipped"][0]["file"] == name and manifest["skipped"][0]["reason"] in error
     assert set(texts(5)) <= set(documents("out", "train", "a"))
-    assert f"skipped {name}" in capsys.readouterr().out
+    assert f"skipped {name}:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -513,6 +515,25 @@ def test_no_network_is_one_line(monkeypatch, capsys):
     assert "someone/corpus: datasets cannot read it: Couldn't reach" in error and error.count("\n") == 1
     assert prepare_data.main(["config.toml", "--on_error=skip"]) == 0
     assert documents("out", "train", "a") == texts(5)
+
+
+def test_a_download_that_breaks_off_stops_even_when_skipping_and_continues(monkeypatch, capsys):
+    class Breaks(Rows):
+        def __iter__(self):
+            yield from self.rows[:40]
+            raise ConnectionError("reset by peer")
+
+    rows = [{"text": text} for text in texts(80)]
+    monkeypatch.setattr(prepare_data, "BATCH", 1)  # nothing read ahead, so that shards are written before the break
+    monkeypatch.setattr(prepare_data, "WINDOW", 0)
+    hub(monkeypatch, lambda *arguments, **options: Breaks(rows))
+    toml({"a": {"sources": [{"hub": "someone/corpus"}]}}, on_error="skip", shard_tokens=500)
+    assert prepare_data.main(["config.toml"]) == 2
+    assert "someone/corpus: broke off after row 40: reset by peer" in capsys.readouterr().err
+    assert list(Path("out").rglob("*.bin"))
+    hub(monkeypatch, lambda *arguments, **options: Rows(rows))
+    assert prepare_data.main(["config.toml"]) == 0
+    assert documents("out", "train", "a") == texts(80)
 
 
 def test_text_files_are_one_document_each_or_cut():
