@@ -1,0 +1,530 @@
+"""Depth per topic: on which texts, and on which kinds of token, does the model spend its steps?
+
+    python eval_depth.py                                    the held-out text of the newest checkpoint's data
+    python eval_depth.py texts/ --by_class --forced         one sub-folder or file a topic: .txt .py .jsonl(.zst) ...
+    python eval_depth.py --json depth.json --markdown depth.md
+    python eval_depth.py --map map.html --text model.py     one text, every token shaded by its depth; and map.png
+
+The depth of a token is the number of steps its *prediction* took, made at the position before it. The columns:
+
+depth          mean over all tokens of the topic
+95 % interval  of that mean, by bootstrap over documents (Efron 1979): tokens of one document are not independent
+1..N           share of tokens at each depth
+perplexity     exp of the mean loss in nats; bits/byte does not depend on the tokenizer
+rank corr.     Spearman's, of depth and loss over the tokens: does the model think longer where it predicts badly?
+macro          the mean over topics, `all` the mean over their tokens
+
+Token classes (--by_class): that of the token's first character that is not white space. Every `.py` file and every
+document of a topic named `code` or `python` is read as Python: identifier, keyword, operator, number, punctuation. Its
+comments and strings, and all other text, are prose: word start, word continuation, number, punctuation.
+"""
+
+import argparse
+import codecs
+import colorsys
+import html
+import json
+import keyword
+import math
+import re
+import sys
+import unicodedata
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+import checkpoint
+import data
+import evaluate
+from sample import InputError, add_model_options, load_model
+from sources import ZstdFile
+
+# -------------------------------------------------------------------------------------------------- texts
+
+
+@dataclass
+class Document:
+    tokens: np.ndarray  # (n + 1,) int64, opens with <|endoftext|>
+    code: bool = False  # which token classes it has
+
+
+def read_topics(path, limit):
+    """{topic: [Document, ...]} of a prepared folder (its held-out split), a folder of texts or one text file.
+
+    The first `limit` tokens of every topic, whole documents in the order of their names; the last one may be cut.
+    Raises `DataError`, and `InputError` for a folder or topic without text or a file that cannot be read.
+    """
+    path, topics = Path(path), {}
+    if (path / "manifest.json").exists():
+        prepared = data.Prepared.open(path)
+        for name in prepared.domains:
+            parts = evaluate.split_documents(prepared.tokens("val", name, limit))
+            topics[name] = [Document(part, name in ("code", "python")) for part in parts if len(part) > 1]
+    elif not path.exists():
+        raise InputError(f"{path}: no such file or folder; name a folder of texts, or one made by prepare_data.py")
+    else:
+        visible = lambda file: not file.name.startswith(".")  # noqa: E731
+        for entry in sorted(filter(visible, path.iterdir())) if path.is_dir() else [path]:
+            files = sorted(p for p in entry.rglob("*") if p.is_file() and visible(p)) if entry.is_dir() else [entry]
+            name = entry.name if entry.is_dir() else Path(entry.name.removesuffix(".zst")).stem
+            topics.setdefault(name, []).extend(encode(files, name, limit))
+        if not topics:
+            raise InputError(f"{path}: an empty folder; put one sub-folder or one file a topic in it")
+    if empty := [name for name, documents in topics.items() if not documents]:
+        raise InputError(f"{path}: the topic '{empty[0]}' has no text; add some, or remove it")
+    return topics
+
+
+def encode(files, topic, limit):
+    """The first `limit` tokens of some files, as a list of `Document`."""
+    documents = []
+    for file in files:
+        for text in read_texts(file):
+            if limit < 1:
+                return documents
+            if text.strip():
+                tokens = np.array([data.EOT, *data.load_tokenizer().encode_ordinary(text)[:limit]])
+                documents.append(Document(tokens, topic in ("code", "python") or file.suffix == ".py"))
+                limit -= len(tokens) - 1
+    return documents
+
+
+def read_texts(file):
+    """The documents of one file: the "text" of every line of .jsonl and .jsonl.zst, any other file as a whole.
+
+    Raises `InputError`.
+    """
+    where = file
+    try:
+        if not file.name.endswith((".jsonl", ".jsonl.zst")):
+            yield file.read_bytes().decode("utf-8-sig")
+            return
+        with open(file, "rb") as raw:
+            for number, line in enumerate(ZstdFile(raw) if file.suffix == ".zst" else raw, 1):
+                where = f"{file}, line {number}"
+                if line.strip():
+                    text = json.loads(line.decode("utf-8"))["text"]
+                    if not isinstance(text, str):
+                        raise TypeError
+                    yield text
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte {error.start} is not UTF-8; convert the file, or remove it") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: damaged JSON ({error.msg}); mend or remove the line") from None
+    except (KeyError, TypeError):
+        raise InputError(f'{where}: not an object with a text under "text"; mend or remove the line') from None
+    except (OSError, zstandard.ZstdError, data.DataError) as error:
+        raise InputError(f"{where}: {error}; copy the file again, or remove it") from None
+
+
+# -------------------------------------------------------------------------------------------------- token classes
+
+CLASSES = (
+    "word start", "word continuation", "identifier", "keyword", "operator", "number", "punctuation", "whitespace"
+)  # fmt: skip
+CODE = re.compile(
+    r'''(?P<prose> \#[^\n]* | [rbfuRBFU]{0,2} (?: """(?:\\.|[^\\])*?""" | \'\'\'(?:\\.|[^\\])*?\'\'\'
+                                              | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*' ))
+      | (?P<identifier> [^\W\d]\w* ) | (?P<number> \.?\d[\w.]* ) | (?P<operator> [-+*/%@&|^~<>=!]+ )
+      | (?P<whitespace> \s+ ) | (?P<punctuation> . )''',
+    re.VERBOSE | re.DOTALL,
+)
+PROSE = re.compile(
+    r"(?P<word> [^\W\d_]+(?:['’][^\W\d_]+)* ) | (?P<number> \d+(?:[.,:]\d+)* ) | (?P<whitespace> \s+ )"
+    r"| (?P<punctuation> . )",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def classify(tokens, code):
+    """The class of each of some tokens (n,) that follow one another, as indices into CLASSES, (n,) int64."""
+    parts = data.load_tokenizer().decode_tokens_bytes(tokens.tolist())
+    text = b"".join(parts).decode("utf-8", "surrogateescape")  # a cut document may end inside a character
+    by_character = np.zeros(len(text), np.int64)
+
+    def mark(start, end, code):
+        for match in (CODE if code else PROSE).finditer(text, start, end):
+            kind, span = match.lastgroup, slice(*match.span())
+            if kind == "prose":
+                mark(*match.span(), code=False)
+            elif kind == "word":
+                by_character[span] = CLASSES.index("word continuation")
+                by_character[match.start()] = CLASSES.index("word start")
+            else:
+                kind = "keyword" if kind == "identifier" and keyword.iskeyword(match.group()) else kind
+                by_character[span] = CLASSES.index(kind)
+
+    mark(0, len(text), code)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    stray = (codes >= 0xDC80) & (codes <= 0xDCFF)  # a byte that is no character
+    widths = np.where(stray, 1, 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000))
+    by_byte = np.repeat(by_character, widths)
+
+    ends = np.cumsum([len(part) for part in parts])
+    starts = ends - [len(part) for part in parts]
+    whitespace = CLASSES.index("whitespace")
+    inked = np.where(by_byte != whitespace, np.arange(len(by_byte)), len(by_byte))
+    first = np.minimum.accumulate(inked[::-1])[::-1][starts]  # the first byte from there on that is not white space
+    return np.where(first < ends, by_byte[np.minimum(first, len(by_byte) - 1)], whitespace)
+
+
+def by_class(topics, scores):
+    """{class: scores of its tokens, one `Scores` a document that has any}, in the order of CLASSES."""
+    groups = {name: [] for name in CLASSES}
+    for topic, documents in topics.items():
+        for document, s in zip(documents, scores[topic]):
+            classes = classify(s.tokens, document.code)
+            for index in np.unique(classes):
+                of = classes == index
+                groups[CLASSES[index]].append(evaluate.Scores(s.tokens[of], s.nll[of], s.depth[of]))
+    return {name: group for name, group in groups.items() if group}
+
+
+# -------------------------------------------------------------------------------------------------- statistics
+
+
+def ranks(x):
+    """Ranks from 1 of x (n,); equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of a and b (n,), or None where one of them is constant."""
+    a, b = ranks(a) - (len(a) + 1) / 2, ranks(b) - (len(b) + 1) / 2
+    spread = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / spread) if spread else None
+
+
+def bootstrap(scores, rng, resamples=1000):
+    """Mean depth of `resamples` draws with replacement of as many documents, (resamples,); None for one document."""
+    if len(scores) < 2:
+        return None
+    depth, tokens = np.array([(s.depth.sum(), len(s.depth)) for s in scores]).T
+    drawn = rng.integers(len(scores), size=(resamples, len(scores)), dtype=np.int32)
+    return depth[drawn].sum(1) / tokens[drawn].sum(1)
+
+
+def interval(draws):
+    """The central 95 % of some draws as [low, high], or None."""
+    return None if draws is None else np.quantile(draws, (0.025, 0.975)).tolist()
+
+
+def describe(scores, max_depth, draws):
+    """The row of some documents: `evaluate.summarize`, documents, interval, histogram and rank correlation."""
+    depth, nll = (np.concatenate([getattr(s, name) for s in scores]) for name in ("depth", "nll"))
+    return evaluate.summarize(scores) | {
+        "documents": len(scores),
+        "interval": interval(draws),
+        "histogram": (np.bincount(depth, minlength=max_depth + 1)[1:] / len(depth)).tolist(),
+        "spearman": spearman(depth, nll),
+    }
+
+
+def report(scores, max_depth, seed, classes=None):
+    """The tables of {topic: [Scores, ...]} as plain data: rows `topics`, `macro`, `all`, and `classes` if given."""
+    rng = np.random.default_rng(seed)
+    draws = {name: bootstrap(group, rng) for name, group in scores.items()}
+    topics = {name: describe(group, max_depth, draws[name]) for name, group in scores.items()}
+    known = [row["spearman"] for row in topics.values() if row["spearman"] is not None]
+    macro = evaluate.macro(topics) | {
+        "interval": None if None in map(interval, draws.values()) else interval(np.mean([*draws.values()], 0)),
+        "histogram": np.mean([row["histogram"] for row in topics.values()], 0).tolist(),
+        "spearman": float(np.mean(known)) if known else None,
+    }
+    pooled = [s for group in scores.values() for s in group]
+    tables = {"topics": topics, "macro": macro, "all": describe(pooled, max_depth, bootstrap(pooled, rng))}
+    if classes:
+        rows = {name: describe(group, max_depth, bootstrap(group, rng)) for name, group in classes.items()}
+        tables["classes"] = rows
+    return tables
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+def depth_table(label, rows, max_depth, percent):
+    """Header and cells of {name: row}. percent: the histogram as numbers, one column a depth, not as a bar chart."""
+    steps = [f"{k} (%)" for k in range(1, max_depth + 1)] if percent else [f"1..{max_depth}"]
+    table = [[label, "documents", "tokens", "depth", "95 % interval", *steps, "perplexity", "bits/byte", "rank corr."]]
+    for name, row in rows.items():
+        shares = row["histogram"]
+        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * share / max(shares))] if share else "·" for share in shares)
+        counts = [f"{row[key]:,}" if key in row else "" for key in ("documents", "tokens")]
+        limits = "n/a" if row["interval"] is None else "{:.2f}-{:.2f}".format(*row["interval"])
+        table.append([
+            name, *counts, f"{row['depth']:.2f}", limits, *([f"{100 * s:.1f}" for s in shares] if percent else [bars]),
+            f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.3f}",
+            "n/a" if row["spearman"] is None else f"{row['spearman']:.2f}",
+        ])  # fmt: skip
+    return table
+
+
+def forced_table(tables):
+    own = {name: row["perplexity"] for name, row in [*tables["topics"].items(), ("macro", tables["macro"])]}
+    table = [["perplexity at depth", *map(str, range(1, len(tables["forced"]["macro"]) + 1)), "as above"]]
+    return table + [[name, *(f"{p:.2f}" for p in [*row, own[name]])] for name, row in tables["forced"].items()]
+
+
+def render(tables, max_depth, markdown=False):
+    """All tables as aligned text, or as Markdown."""
+    parts = [depth_table("topic", tables["topics"] | {k: tables[k] for k in ("macro", "all")}, max_depth, markdown)]
+    if "classes" in tables:
+        parts.append(depth_table("class", tables["classes"], max_depth, markdown))
+    if "forced" in tables:
+        parts.append(forced_table(tables))
+    for table in parts:
+        if markdown:
+            table.insert(1, [":--"] + ["--:"] * (len(table[0]) - 1))
+            lines = ["| " + " | ".join(row) + " |" for row in table]
+        else:
+            widths = [max(map(len, column)) for column in zip(*table)]
+            pad = lambda row: [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]  # noqa: B023, E731
+            lines = ["  ".join(pad(row)) for row in table]
+        table[:] = lines
+    return "\n\n".join("\n".join(table) for table in parts)
+
+
+# -------------------------------------------------------------------------------------------------- depth map
+
+
+@dataclass
+class Piece:
+    """One token of the map, or the tokens that share a character. depth: their mean; nll: their sum in nats."""
+
+    text: str
+    depth: float
+    nll: float
+    tokens: int
+
+
+# Control characters but line feed and tab: neither HTML nor fonts have them.
+VISIBLE = {c: "\ufffd" for c in [*range(32), 127] if c not in (9, 10)}
+
+
+def pieces(scores):
+    """The `Piece`s of one document's `Scores`."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    parts = data.load_tokenizer().decode_tokens_bytes(scores.tokens.tolist())
+    found, text, depths, nll = [], "", [], 0.0
+    for i, part in enumerate(parts):
+        text += decoder.decode(part, final=i == len(parts) - 1)
+        depths.append(int(scores.depth[i]))
+        nll += float(scores.nll[i])
+        if not decoder.getstate()[0]:  # else it ends inside a character, and the next token belongs to the same piece
+            found.append(Piece(text.translate(VISIBLE), sum(depths) / len(depths), nll, len(depths)))
+            text, depths, nll = "", [], 0.0
+    return found
+
+
+def shade(depth, max_depth):
+    """Hue in degrees and opacity of a depth: from pale blue to strong red, on a light and on a dark page."""
+    x = (depth - 1) / max(max_depth - 1, 1)
+    return 210 + 150 * x, 0.15 + 0.5 * x
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>%(title)s</title>
+<style>
+:root { color-scheme: light dark; color: #222; background: #fff }
+@media (prefers-color-scheme: dark) { :root { color: #ddd; background: #161616 } }
+body { max-width: 110ch; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; font: 14px/1.6 ui-monospace, monospace }
+pre span { border-radius: 3px } pre span:hover { outline: 1px solid }
+.break::before { content: "↵"; opacity: .4 }
+.legend span { padding: .2em .6em; margin-right: .3em; border-radius: 3px; white-space: nowrap }
+%(colours)s
+</style>
+<h1>%(title)s</h1>
+<p>%(caption)s. A token is shaded by the number of steps that its prediction took; hover for its loss.</p>
+<p class="legend">%(legend)s</p>
+<pre>%(text)s</pre>
+</html>
+"""
+
+
+def html_map(scores, max_depth, title):
+    """A self-contained page of one document's `Scores`, light or dark as the reader's system."""
+    colours, legend, spans = [], [], []
+    for k in range(1, max_depth + 1):
+        hue, opacity = shade(k, max_depth)
+        colours.append(f".d{k} {{ background: hsl({hue:.0f} 85% 55% / {opacity:.2f}) }}")
+        legend.append(f'<span class="d{k}">{k}: {np.mean(scores.depth == k):.1%}</span>')
+    for piece in pieces(scores):
+        number = f" in {piece.tokens} tokens" if piece.tokens > 1 else ""
+        hover = f"depth {piece.depth:.3g}{number}, loss {piece.nll:.3f} nats, probability {math.exp(-piece.nll):.3g}"
+        kind = f"d{round(piece.depth)}" + (" break" if "\n" in piece.text else "")
+        spans.append(f'<span class="{kind}" title="{hover}">{html.escape(piece.text)}</span>')
+    parts = {"title": html.escape(title), "caption": caption(scores), "legend": "\n".join(legend)}
+    return PAGE % (parts | {"colours": "\n".join(colours), "text": "".join(spans)})
+
+
+def caption(scores):
+    return f"{len(scores.tokens):,} tokens, mean depth {scores.depth.mean():.2f}"
+
+
+def png_map(scores, max_depth, title, file, columns=100, lines=60):
+    """Draw the first `lines` lines of one document's `Scores` in a monospaced layout, for papers."""
+    from matplotlib.figure import Figure  # without pyplot: it needs no display
+    from matplotlib.patches import Rectangle
+
+    size, pitch = 7, 1.45  # of the font, in points; of the lines, in its size
+    advance, dpi = 0.602 * size / 72, 205  # of a character of DejaVu Sans Mono, in inches: 12.0 pixels, a whole number
+    cells, more = layout(pieces(scores), columns, lines)
+    rows = max((row for _, _, row, _ in cells), default=0) + 4.5
+    figure = Figure(((columns + 2) * advance, rows * pitch * size / 72), dpi=dpi)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, columns + 1), ylim=(rows - 3.5, -3.5))
+    axes.axis("off")
+    style = {"family": "DejaVu Sans Mono", "size": size, "va": "center_baseline", "parse_math": False}
+
+    def draw(text, column, row, depth):
+        hue, opacity = shade(depth, max_depth)
+        colour = (*colorsys.hls_to_rgb(hue / 360, 0.55, 0.85), opacity)
+        axes.add_patch(Rectangle((column, row - 0.47), cell_width(text), 0.94, color=colour, lw=0))
+        axes.text(column, row, text.replace("\t", " "), **style)
+
+    axes.text(0, -2.6, f"{title}: {caption(scores)}" + (f", the first {lines} lines" if more else ""), **style)
+    axes.text(0, -1.3, "depth", **style)
+    for k in range(1, max_depth + 1):
+        draw(f" {k} ", 2 + 4 * k, -1.3, k)
+    for text, column, row, depth in cells:
+        draw(text, column, row, depth)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font has no such character and draws a box
+        figure.savefig(file)
+
+
+def layout(found, columns, lines):
+    """Set `Piece`s in lines of `columns` cells: a list of (text, column, row, depth), and whether `lines` were too few.
+
+    Lines break before a word, or inside one where it is longer than a line.
+    """
+    cells, column, row = [], 0, 0
+    words = []  # lists of pieces between which a line may break
+    for piece in found:
+        if not words or piece.text[:1].isspace() or words[-1][-1].text[-1:].isspace():
+            words.append([])
+        words[-1].append(piece)
+    for word in words:
+        if column and column + sum(cell_width(piece.text.split("\n")[0]) for piece in word) > columns:
+            column, row = 0, row + 1
+        for piece in word:
+            for i, text in enumerate(piece.text.expandtabs(4).replace("\n", "↵\n").split("\n")):
+                if i:
+                    column, row = 0, row + 1
+                while text:
+                    if row == lines:
+                        return cells, True
+                    n = 1
+                    while n < len(text) and column + cell_width(text[: n + 1]) <= columns:
+                        n += 1
+                    cells.append((text[:n], column, row, piece.depth))
+                    column, text = column + cell_width(text[:n]), text[n:]
+                    if text:
+                        column, row = 0, row + 1
+    return cells, False
+
+
+def cell_width(text):
+    """Columns that a text takes: two for wide East Asian characters, none for combining ones."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def check(args):
+    """Raises `InputError` for the first option that cannot be used, before any text is scored."""
+    for name, least in (("tokens", 1), ("rows", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} {getattr(args, name)} must be at least {least}")
+    if args.map and args.map.suffix != ".html":
+        raise InputError(f"--map {args.map} must end in .html; the figure is written next to it as .png")
+    if args.text and not args.map:
+        raise InputError(f"--text {args.text} is the text of a map; add --map FILE.html")
+    for file in filter(None, (args.json, args.markdown, args.map)):
+        if not file.parent.is_dir():
+            raise InputError(f"{file}: the folder {file.parent} does not exist; make it first")
+
+
+def write_map(scores, max_depth, title, file):
+    file.write_text(html_map(scores, max_depth, title), encoding="utf-8")
+    written = [file]
+    try:
+        png_map(scores, max_depth, title, file.with_suffix(".png"))
+        written.append(file.with_suffix(".png"))
+    except ImportError:
+        print("no .png: it needs matplotlib; pip install matplotlib", file=sys.stderr)
+    print("wrote", *written, file=sys.stderr)
+
+
+def run(args):
+    check(args)
+    model, meta, path = load_model(args)
+    N, segment = model.config.max_depth, meta["config"]["train"]["segment"]
+
+    def score(documents, label, depth=args.depth):
+        label = label if sys.stderr.isatty() else None
+        tokens = [document.tokens for document in documents]
+        return evaluate.score(model, tokens, args.memory, segment, args.rows, depth, label)
+
+    if args.text:  # read before the long work, like everything that can be wrong
+        (documents,) = read_topics(args.text, args.tokens).values()
+        mapped, title = score(documents[:1], args.text.name)[0], args.text.name
+    if args.texts or not args.text:
+        texts = args.texts or meta["config"]["data"]["path"]
+        topics = read_topics(texts, args.tokens)
+        scores = {name: score(documents, name) for name, documents in topics.items()}
+        tables = {"checkpoint": str(path), "step": meta["step"], "texts": str(texts), "max_depth": N}
+        tables |= {"forced_depth": args.depth, "memory": args.memory, "segment": segment, "seed": args.seed}
+        tables |= report(scores, N, args.seed, by_class(topics, scores) if args.by_class else None)
+        if args.forced:
+            forced = [
+                {name: evaluate.summarize(score(docs, f"{name}, depth {k}", k)) for name, docs in topics.items()}
+                for k in range(1, N + 1)
+            ]
+            tables["forced"] = {name: [row[name]["perplexity"] for row in forced] for name in topics}
+            tables["forced"]["macro"] = [evaluate.macro(row)["perplexity"] for row in forced]
+        print(render(tables, N))
+        if args.markdown:
+            args.markdown.write_text(render(tables, N, markdown=True) + "\n", encoding="utf-8")
+        if args.json:
+            args.json.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    if args.map:
+        if not args.text:  # the first document long enough to show something, else the longest
+            named = [(f"{name}, document {i}", s) for name, group in scores.items() for i, s in enumerate(group, 1)]
+            title, mapped = max(named, key=lambda pair: min(len(pair[1].tokens), 400))
+        write_map(mapped, N, title, args.map)
+    return 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="?", type=Path, metavar="TEXTS",
+                        help="a prepared folder or a folder of texts (default: the checkpoint's data)")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=100_000, help="at most so many of every topic (default: 100000)")
+    parser.add_argument("--by_class", action="store_true", help="add the table by class of the predicted token")
+    parser.add_argument("--forced", action="store_true", help="add the perplexity at every forced depth")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
+    parser.add_argument("--map", type=Path, metavar="FILE.html", help="draw one text by depth, as a page and a .png")
+    parser.add_argument("--text", type=Path, metavar="FILE",
+                        help="of the map (default: a document of TEXTS); without TEXTS no table")  # fmt: skip
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch (default: 16)")
+    parser.add_argument("--seed", type=int, default=1, help="of the bootstrap (default: 1)")
+    add_model_options(parser)
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        return run(args)
+    except (InputError, data.DataError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
