@@ -66,7 +66,7 @@ def read_topics(path, limit):
     elif not path.exists():
         raise InputError(f"{path}: no such file or folder; name a folder of texts, or one made by prepare_data.py")
     else:
-        visible = lambda file: not file.name.startswith(".")  # noqa: E731
+        visible = lambda file: not any(p.startswith(".") for p in file.relative_to(path).parts)  # noqa: E731
         for entry in sorted(filter(visible, path.iterdir())) if path.is_dir() else [path]:
             files = sorted(p for p in entry.rglob("*") if p.is_file() and visible(p)) if entry.is_dir() else [entry]
             name = entry.name if entry.is_dir() else Path(entry.name.removesuffix(".zst")).stem
@@ -231,7 +231,7 @@ def report(scores, max_depth, seed, classes=None):
     topics = {name: describe(group, max_depth, draws[name]) for name, group in scores.items()}
     known = [row["spearman"] for row in topics.values() if row["spearman"] is not None]
     macro = evaluate.macro(topics) | {
-        "interval": None if None in map(interval, draws.values()) else interval(np.mean([*draws.values()], 0)),
+        "interval": None if any(d is None for d in draws.values()) else interval(np.mean([*draws.values()], 0)),
         "histogram": np.mean([row["histogram"] for row in topics.values()], 0).tolist(),
         "spearman": float(np.mean(known)) if known else None,
     }
@@ -276,16 +276,17 @@ def render(tables, max_depth, markdown=False):
         parts.append(depth_table("class", tables["classes"], max_depth, markdown))
     if "forced" in tables:
         parts.append(forced_table(tables))
-    for table in parts:
-        if markdown:
-            table.insert(1, [":--"] + ["--:"] * (len(table[0]) - 1))
-            lines = ["| " + " | ".join(row) + " |" for row in table]
-        else:
-            widths = [max(map(len, column)) for column in zip(*table)]
-            pad = lambda row: [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]  # noqa: B023, E731
-            lines = ["  ".join(pad(row)) for row in table]
-        table[:] = lines
-    return "\n\n".join("\n".join(table) for table in parts)
+    return "\n\n".join(map(as_markdown if markdown else as_text, parts))
+
+
+def as_text(table):
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)
+
+
+def as_markdown(table):
+    rule = [":--"] + ["--:"] * (len(table[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]])
 
 
 # -------------------------------------------------------------------------------------------------- depth map
@@ -446,6 +447,8 @@ def check(args):
         raise InputError(f"--map {args.map} must end in .html; the figure is written next to it as .png")
     if args.text and not args.map:
         raise InputError(f"--text {args.text} is the text of a map; add --map FILE.html")
+    if args.text and not args.text.is_file():
+        raise InputError(f"--text {args.text}: no such file; name one text file")
     for file in filter(None, (args.json, args.markdown, args.map)):
         if not file.parent.is_dir():
             raise InputError(f"{file}: the folder {file.parent} does not exist; make it first")

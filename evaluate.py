@@ -42,10 +42,10 @@ def score(model, documents, memory, segment=512, rows=16, depth=None, progress=N
         joined = np.concatenate([documents[i] for i in queue])
         packed[row, : len(joined)] = joined
 
-    device, state = model.embedding.weight.device, model.new_memory(rows, memory)
+    state = model.new_memory(rows, memory)
     nll, taken = np.empty((rows, length), np.float32), np.empty((rows, length), np.int64)
     for start in tqdm(range(0, length, segment), desc=progress, disable=progress is None, unit="segment", leave=False):
-        tokens = torch.from_numpy(packed[:, start : start + segment + 1]).to(device)
+        tokens = torch.from_numpy(packed[:, start : start + segment + 1])
         out = model(tokens[:, :-1], tokens[:, 1:], state, depth)
         state = out.memory
         nll[:, start : start + segment] = out.nll.cpu().numpy()

@@ -75,8 +75,8 @@ class ModelConfig:
 class Memory:
     """Keys and values of the last M tokens of every row, one entry a slot, rotated at their absolute position.
 
-    keys, values: lists of (B, M, H, d). live: (B,) int64, how many of the last entries the next token may see: those of
-    the document it continues. position: how many tokens each row has read.
+    keys, values: lists of (B, M, H, d). live: (B,) int64 on the host, how many of the last entries the next token may
+    see: those of the document it continues. position: how many tokens each row has read.
     """
 
     keys: list
@@ -101,9 +101,9 @@ class Memory:
 
 @dataclass
 class Output:
-    """Of one segment. logits: (B, T, V), or None where `targets` were given; nll: (B, T) float32 nats, or None;
+    """Of one segment. logits: (B, T, padded V), or None where `targets` were given; nll: (B, T) float32 nats, or None;
     depth: (B, T) int64 steps used, Graves' N(t); ponder: (B, T) float32, N(t) + R(t); weights: (steps, B, T) of the
-    states in the output, or None where halting is fixed; context: mean number of visible keys, a scalar tensor;
+    states in the output, or None where halting is fixed; context: mean number of visible keys;
     memory: for the next segment, or None."""
 
     logits: torch.Tensor | None
@@ -111,7 +111,7 @@ class Output:
     depth: torch.Tensor
     ponder: torch.Tensor
     weights: torch.Tensor | None
-    context: torch.Tensor
+    context: float
     memory: Memory | None
 
 
@@ -132,40 +132,41 @@ class Linear(nn.Linear):
 class Spans:
     """Which keys each query sees: of [memory, segment] the interval from the start of its document up to itself.
 
-    first: (B, T), the first visible key of every query. On CUDA in half precision attention runs FlashAttention over
-    the documents as ragged sequences (`varlen`); elsewhere it is masked dense attention.
+    On CUDA in half precision attention runs FlashAttention over the documents as ragged sequences (`varlen`); elsewhere
+    it is masked dense attention. All of this is worked out on the host, so that the device never waits for it.
     """
 
-    def __init__(self, tokens, memory, config, varlen):
+    def __init__(self, tokens, memory, config, device, varlen):
         B, T = tokens.shape
-        self.M = M = memory.length if memory else 0
-        live = memory.live if memory else tokens.new_zeros(B)
-        index = torch.arange(T, device=tokens.device)
-        starts = torch.where(tokens == config.document_start, index, -1)
-        if config.cross_documents:
-            starts = torch.full_like(starts, -1)
+        M = memory.length if memory else 0
+        live = memory.live if memory else torch.zeros(B, dtype=torch.int64)
+        index = torch.arange(T)
+        starts = torch.where((tokens == config.document_start) & (not config.cross_documents), index, -1)
         start = starts.cummax(1).values  # of the query's document, or -1 where it began before this segment
-        self.first = torch.where(start >= 0, M + start, M - live[:, None])
-        self.context = (M + index - self.first + 1).float().mean()
+        first = torch.where(start >= 0, M + start, M - live[:, None])  # (B, T), the first visible key of every query
+        self.context = (M + index - first + 1).float().mean().item()
         self.live = torch.where(start[:, -1] >= 0, T - start[:, -1], live + T)
         self.mask = self.cu_q = self.cu_k = None
         if varlen:
-            self._pack(starts, B, T, M)
+            cumulative = self._sequences(starts, first, B, T, M).pin_memory().to(device, non_blocking=True)
+            self.cu_q, self.cu_k = cumulative.unbind()
+            for lengths in (self.cu_q, self.cu_k):  # their number changes with every segment; the graph must not
+                torch._dynamo.maybe_mark_dynamic(lengths, 0)
         else:
-            key = torch.arange(M + T, device=tokens.device)
-            self.mask = ((key >= self.first[..., None]) & (key <= M + index[:, None]))[:, None]  # (B, 1, T, M + T)
+            key = torch.arange(M + T)
+            mask = (key >= first[..., None]) & (key <= M + index[:, None])
+            self.mask = mask[:, None].to(device)  # (B, 1, T, M + T)
 
-    def _pack(self, starts, B, T, M):
-        """Cumulative sequence lengths. Each row is: its dead memory (no queries), the document that goes on from the
-        live memory, then the documents that start in the segment."""
+    @staticmethod
+    def _sequences(starts, first, B, T, M):
+        """Cumulative lengths of the sequences in queries and in keys, (2, sequences + 1) int32. Each row is: its dead
+        memory (no queries), the document that goes on from the live memory, the documents that start in the segment."""
         row, column = (starts > 0).nonzero(as_tuple=True)
-        rows = torch.arange(B, device=starts.device)
-        q = torch.cat([rows * T, rows * T, row * T + column, rows.new_tensor([B * T])])
-        k = torch.cat([rows * (M + T), rows * (M + T) + self.first[:, 0], row * (M + T) + M + column,
-                       rows.new_tensor([B * (M + T)])])  # fmt: skip
-        self.cu_q, self.cu_k = q.sort().values.int(), k.sort().values.int()
-        for lengths in (self.cu_q, self.cu_k):  # their number changes with every segment; the graph must not
-            torch._dynamo.maybe_mark_dynamic(lengths, 0)
+        rows = torch.arange(B)
+        q = torch.cat([rows * T, rows * T, row * T + column, torch.tensor([B * T])])
+        k = torch.cat([rows, rows, row, torch.tensor([B])]) * (M + T)
+        k += torch.cat([0 * rows, first[:, 0], M + column, torch.tensor([0])])
+        return torch.stack([q.sort().values, k.sort().values]).int()
 
     def attend(self, q, k, v):
         """Attention of q (B, T, H, d) over k and v (B, M + T, H, d)."""
@@ -218,6 +219,8 @@ class RecurrentTransformer(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         D, N, R = config.width, config.max_depth, config.recur
         self.embedding = nn.Embedding(config.padded_vocab_size, D)
+        padding = torch.arange(config.padded_vocab_size) >= config.vocab_size  # masked in the epilogue of the head GEMM
+        self.register_buffer("padding", torch.where(padding, -math.inf, 0.0), persistent=False)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude))
         self.recur = nn.ModuleList(Block(config) for _ in range(R if config.share else N * R))
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda))
@@ -232,14 +235,14 @@ class RecurrentTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """embedding            normal, std 0.02
+        """embedding            normal, std 5/D: after norm(), the tied head gives a token's own logit 5, not 0.02 D = 26
         query key value gate up normal, std 1/sqrt(fan in)
         output down             zero: every block starts as the identity
         gains                   1
         a_n, b_n                1, and b_1 = 0 since h_0 is e itself; concat_linear starts as u = e
         halting                 weight 0, bias from the config: at first every token takes the same number of steps
         """
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=5 / self.config.width)
         for block in [*self.prelude, *self.recur, *self.coda]:
             for name, layer in block.named_children():
                 std = 0.0 if name in ("output", "down") else layer.in_features**-0.5
@@ -255,7 +258,8 @@ class RecurrentTransformer(nn.Module):
             nn.init.constant_(self.halting.bias, self.config.halting_bias)
 
     def compile(self):
-        """Compile one recurrence step and the loss, not the loop: one graph serves every step, depth and memory."""
+        """Compile one recurrence step and the loss, not the loop: one graph serves every step and depth."""
+        torch._dynamo.config.recompile_limit = 64  # a graph for each memory length, batch, training and evaluation
         self.step = torch.compile(self.step, dynamic=False)
         self.run_block = torch.compile(self.run_block, dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
@@ -264,14 +268,18 @@ class RecurrentTransformer(nn.Module):
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
         rule, or k to make every token take exactly k steps (no token halts before). Returns `Output`.
 
+        Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
         """
         N, R = self.config.max_depth, self.config.recur
         if depth is not None and not 1 <= depth <= N:
             raise ValueError(f"depth must lie in 1..{N}, not {depth}")
         steps, adaptive = depth or N, self.halting is not None and depth is None
+        device = self.embedding.weight.device
+        varlen = device.type == "cuda" and self.compute_dtype != torch.float32
+        spans = Spans(tokens.cpu(), memory, self.config, device, varlen)
+        tokens = tokens.to(device, non_blocking=True)
         h = norm(self.embedding(tokens).to(self.compute_dtype))
-        spans = Spans(tokens, memory, self.config, varlen=h.is_cuda and h.dtype != torch.float32)
         rope = self._rope(tokens.shape[1], memory)
         written = []  # this segment's keys and values, one pair a memory slot
 
@@ -279,11 +287,14 @@ class RecurrentTransformer(nn.Module):
             h, kv = self.run_block(block, h, rope, spans, self._past(memory, len(written)))
             written.append(kv)
 
-        e, kvs = h, None
-        state = ActState.start(tokens, h) if self.halting is not None else None
+        state = kvs = None
+        e, h = h, h.clone()  # not one tensor under two names, which would be a graph of its own
+        if self.halting is not None:
+            state = ActState.start(tokens, h)
+            kvs = [tuple(torch.zeros_like(h).unflatten(-1, (self.config.heads, -1)) for _ in "kv") for _ in range(R)]
         weights = []
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
-        thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=h.device)
+        thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
         thresholds[-1] = -math.inf
         for n in range(steps):
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
@@ -310,7 +321,7 @@ class RecurrentTransformer(nn.Module):
         if targets is None:
             logits, nll = self._logits(out), None
         else:
-            logits, nll = None, self.loss(out, targets)
+            logits, nll = None, self.loss(out, targets.to(device, non_blocking=True))
         taken = torch.full_like(tokens, steps) if state is None else state.depth
         ponder = taken.float() if state is None else taken + state.remainder_at_halt
         stacked = None if state is None else torch.stack(weights)
@@ -333,7 +344,7 @@ class RecurrentTransformer(nn.Module):
         active = None if state is None else state.active
         kvs = []
         for r, block in enumerate(blocks):
-            h, kv = block(h, gains[r], rope, spans, pasts[r], frozen[r] if frozen and state else None, active)
+            h, kv = block(h, gains[r], rope, spans, pasts[r], frozen[r] if state else None, active)
             kvs.append(kv)
         if state is None:
             return h, kvs, None, None
@@ -347,7 +358,7 @@ class RecurrentTransformer(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def _logits(self, out):
-        return F.linear(norm(out), self.embedding.weight.to(out.dtype))[..., : self.config.vocab_size]
+        return F.linear(norm(out), self.embedding.weight.to(out.dtype), self.padding.to(out.dtype))
 
     # ---------------------------------------------------------------------------------------------- memory
 
@@ -365,7 +376,7 @@ class RecurrentTransformer(nn.Module):
         device = self.embedding.weight.device
         shape = (batch, length, c.heads, c.width // c.heads)
         empty = [torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2 * slots)]
-        return Memory(empty[:slots], empty[slots:], torch.zeros(batch, dtype=torch.int64, device=device))
+        return Memory(empty[:slots], empty[slots:], torch.zeros(batch, dtype=torch.int64))
 
     @torch.no_grad()
     def _remember(self, memory, written, spans):

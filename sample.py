@@ -180,7 +180,10 @@ def run(args):
     check(args)
     model, meta, _ = load_model(args)
     generator = torch.Generator(model.embedding.weight.device)
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    if args.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(args.seed)
     if args.show_depth:
         N = model.config.max_depth
         print("depth", *(paint(f" {depth} ", depth, N) for depth in range(1, N + 1)), file=sys.stderr)

@@ -338,6 +338,7 @@ def test_bad_arguments_are_named(run_folder, texts, tmp_path, capsys):
         ([texts, "--depth", 4], "--depth 4 is outside 1..3"),
         ([texts, "--map", "map.png"], "must end in .html"),
         ([texts, "--text", "a.txt"], "add --map"),
+        (["--map", tmp_path / "map.html", "--text", texts], "no such file; name one"),
         ([texts, "--json", tmp_path / "no" / "a.json"], "does not exist"),
         ([texts, "--checkpoint", texts], "holds no checkpoint"),
     ]

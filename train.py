@@ -1,0 +1,630 @@
+"""Train a model: `python train.py CONFIG [--section.key=value ...]`.
+
+One process, or several under torchrun. The same command after Ctrl-C, SIGTERM, kill -9 or a crash goes on from the
+newest checkpoint; on a CPU the loss curve continues bit for bit. Results go to `out`: checkpoints/, metrics.jsonl.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+import evaluate
+from config import ConfigError
+from model import Memory, ModelConfig, PonderWeight, RecurrentTransformer
+
+
+@dataclass
+class DataConfig:
+    path: str  # a folder made by prepare_data.py
+    weights: dict[str, float] = field(default_factory=dict)  # of domains; empty: those of the manifest
+
+
+@dataclass
+class TrainConfig:
+    tokens: int  # in all
+    batch_size: int  # rows of all processes and micro-batches; each is a stream with a memory of its own
+    micro_batch: int = 0  # rows in one forward pass; 0: all rows of the process
+    segment: int = 512  # tokens of a row in one step
+    # Memory curriculum: from this fraction of training on, that many tokens of Transformer-XL memory.
+    memory: list[tuple[float, int]] = field(default_factory=lambda: [(0.0, 512)])
+    ponder_weight: float = 0.0  # lambda in `cross-entropy + lambda * (steps + remainder)`; its start with target_depth
+    target_depth: float = 0.0  # mean steps a token to steer lambda to; 0: lambda stays
+    ponder_rate: float = 1e-4  # how fast it is steered, per step of training and step of depth
+    max_bad_steps: int = 20  # stop after so many steps in a row with a non-finite loss or gradient
+    checkpoint_interval: int = 1000  # in steps
+    keep: int = 2  # newest checkpoints kept, beside the best
+    log_interval: int = 10
+    seed: int = 1
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
+    peak_tflops: float = 0.0  # of the accelerator in dtype, for the utilisation; 0: look it up by its name
+    wandb: str = ""  # a Weights & Biases project to log to; empty: none
+
+    def __post_init__(self):
+        for name in ("tokens", "batch_size", "segment", "checkpoint_interval", "keep", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
+        if self.tokens < self.batch_size * self.segment:
+            raise ValueError(f"'tokens' = {self.tokens} is less than one step of batch_size x segment tokens")
+        starts = [start for start, _ in self.memory]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
+            raise ValueError(f"'memory' must be [[0.0, length], [fraction, length], ...] in rising order, not {starts}")
+        if min(length for _, length in self.memory) < 0:
+            raise ValueError("'memory' lengths must not be negative")
+
+
+@dataclass
+class OptimConfig:
+    """Muon for the matrices of the blocks, AdamW for embedding, gains, injection and halting head."""
+
+    lr: float = 1.5e-3  # of Muon, scaled to AdamW's update size (match_rms_adamw)
+    adamw_lr: float = 1.5e-3
+    weight_decay: float = 0.1  # of Muon's matrices
+    momentum: float = 0.95  # of Muon
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    grad_clip: float = 1.0
+    schedule: Literal["linear", "cosine"] = "linear"  # of the decay
+    warmup: float = 0.02  # fraction of training in which the rate rises from 0
+    decay: float = 0.4  # fraction of training, at the end, in which it falls to `final`; between: constant
+    final: float = 0.05  # of the rate
+
+    def __post_init__(self):
+        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
+            raise ValueError(f"'warmup' {self.warmup} and 'decay' {self.decay} must add up to at most 1")
+
+
+@dataclass
+class EvalConfig:
+    interval: int = 1000  # in steps; also before the first and after the last
+    tokens: int = 32768  # of every domain's held-out text
+    rows: int = 16
+    depths: list[int] = field(default_factory=list)  # forced depths to report beside the model's own
+
+
+@dataclass
+class Config:
+    out: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    eval: EvalConfig
+    stage: Literal["pretrain"] = "pretrain"
+
+    def __post_init__(self):
+        if wrong := [k for k in self.eval.depths if not 1 <= k <= self.model.max_depth]:
+            raise ValueError(f"'eval.depths' has {wrong[0]}; this model's depths are 1..{self.model.max_depth}")
+        if self.train.target_depth and self.model.halting == "fixed":
+            raise ValueError("'train.target_depth' needs 'model.halting = act': a fixed depth cannot be steered")
+        if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
+            raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
+
+
+# Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendor's data sheets; the first match counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362,
+    "RTX PRO 6000 Blackwell Max-Q": 438.9, "RTX PRO 6000 Blackwell": 503.8, "RTX 6000 Ada": 364,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "A10": 125, "L4": 121,
+}  # fmt: skip
+
+
+def learning_rate(progress, optim):
+    """The factor on the learning rates at `progress` (0..1) of training: warm up, hold, decay."""
+    if progress < optim.warmup:
+        return progress / optim.warmup
+    if progress <= 1 - optim.decay:
+        return 1.0
+    left = (1 - progress) / optim.decay
+    shape = left if optim.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+    return optim.final + (1 - optim.final) * shape
+
+
+def memory_length(progress, curriculum):
+    """The Transformer-XL memory at `progress` (0..1) of training."""
+    return [length for start, length in curriculum if start <= progress][-1]
+
+
+def build_optimizers(model, optim):
+    """Muon over the matrices of the blocks and AdamW over all else, as {name: optimizer}."""
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and name.split(".")[0] in BLOCKS}
+    others = {name: p for name, p in model.named_parameters() if name not in matrices}
+    return {
+        "muon": torch.optim.Muon(
+            matrices.items(), lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        "adamw": torch.optim.AdamW(
+            others.items(), lr=optim.adamw_lr, betas=optim.betas, weight_decay=0.0,
+            fused=model.embedding.weight.is_cuda,
+        ),
+    }  # fmt: skip
+
+
+BLOCKS = ("prelude", "recur", "coda")
+
+
+class Trainer:
+    """Everything that a run is made of and that a checkpoint must hold."""
+
+    def __init__(self, cfg):
+        self.cfg, self.t = cfg, cfg.train
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.device = pick_device(self.t.device, int(os.environ.get("LOCAL_RANK", 0)))
+        on_cuda = self.device.type == "cuda"
+        dtype = {"auto": "bfloat16" if on_cuda else "float32"}.get(self.t.dtype, self.t.dtype)
+        torch.manual_seed(self.t.seed)
+        torch.set_float32_matmul_precision("high")
+
+        self.prepared = data.Prepared.open(cfg.data.path)
+        self.model = RecurrentTransformer(cfg.model, getattr(torch, dtype)).to(self.device)
+        if self.t.compile == "on" or self.t.compile == "auto" and on_cuda:
+            self.model.compile()
+        self.optimizers = build_optimizers(self.model, cfg.optim)
+        self.ponder = PonderWeight(self.t.ponder_weight, self.t.target_depth, self.t.ponder_rate)
+
+        rows = self.t.batch_size // self.world
+        self.micro = self.t.micro_batch or rows
+        if self.t.batch_size % self.world or rows % self.micro:
+            raise ConfigError(
+                f"'train.batch_size' {self.t.batch_size} must be a multiple of 'train.micro_batch' {self.micro} "
+                f"times {self.world} processes"
+            )
+        self.rows = slice(self.rank * rows, (self.rank + 1) * rows)  # of the global batch
+        self.streams = data.TokenStreams(
+            self.prepared, self.t.batch_size, self.t.segment, self.t.seed, cfg.data.weights or None
+        )
+        self.data_state = self.streams.state()
+        self.memories = self._empty_memories(memory_length(0, self.t.memory))
+        self.steps = self.t.tokens // (self.t.batch_size * self.t.segment)
+        self.step = self.bad_steps = self.bad_in_a_row = 0
+
+        self.out = Path(cfg.out)
+        self.folder = self.out / "checkpoints"
+        self.metrics_file = self.out / "metrics.jsonl"
+        self.peak = (self.t.peak_tflops or peak_tflops(self.device, dtype)) * 1e12
+        self.wrapped = self.model
+        if self.world > 1:
+            self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False)
+
+    def _empty_memories(self, length):
+        """One memory a micro-batch."""
+        batches = (self.rows.stop - self.rows.start) // self.micro
+        return [self.model.new_memory(self.micro, length) for _ in range(batches)]
+
+    # ---------------------------------------------------------------------------------------------- one step
+
+    def train_step(self):
+        """Read a batch, accumulate gradients over its micro-batches, update. Returns the metrics of the step."""
+        progress = self.step / self.steps
+        length = memory_length(progress, self.t.memory)
+        if self.memories[0].length != length:
+            self.memories = [memory.resized(length) for memory in self.memories]
+        tokens, targets, domains, self.data_state = next(self.streams)
+        tokens, targets, domains = (
+            torch.from_numpy(x[self.rows]).split(self.micro) for x in (tokens, targets, domains)
+        )
+
+        # Loss, depth and number of tokens of every domain; in the last row the objective of the micro-batches.
+        sums = torch.zeros(len(self.prepared.domains) + 1, 3, device=self.device, dtype=torch.float64)
+        parts, context = len(tokens), 0.0
+        for i in range(parts):
+            synced = i == parts - 1 or self.world == 1
+            with nullcontext() if synced else self.wrapped.no_sync():
+                out = self.wrapped(tokens[i], targets[i], self.memories[i])
+                objective = out.nll.mean()
+                if self.ponder.value:
+                    objective = objective + self.ponder.value * out.ponder.mean()
+                (objective / parts).backward()
+            self.memories[i] = out.memory
+            each = torch.stack([out.nll.detach(), out.depth.float(), torch.ones_like(out.nll)], -1).flatten(0, 1)
+            sums.index_add_(0, domains[i].flatten().to(self.device, non_blocking=True), each.double())
+            sums[-1] += objective.detach() / (parts * self.world)
+            context += out.context / parts
+        if self.world > 1:
+            dist.all_reduce(sums)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.grad_clip)
+
+        *domains, (objective, *_) = sums.tolist()
+        loss, depth, number = (sum(column) for column in zip(*domains))
+        factor = learning_rate((self.step + 1) / self.steps, self.cfg.optim)
+        metrics = {
+            "loss": loss / number,
+            "objective": objective,
+            "depth": depth / number,
+            "context": context,
+            "ponder_weight": self.ponder.value,
+            "grad_norm": grad_norm.item(),
+            "lr": factor * self.cfg.optim.lr,
+            "memory": length,
+            "domains": {
+                name: {"loss": d[0] / d[2], "depth": d[1] / d[2], "tokens": int(d[2])}
+                for name, d in zip(self.prepared.domains, domains)
+                if d[2]
+            },
+        }
+        if math.isfinite(metrics["objective"]) and math.isfinite(metrics["grad_norm"]):
+            for name, optimizer in self.optimizers.items():
+                base = self.cfg.optim.lr if name == "muon" else self.cfg.optim.adamw_lr
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * base
+                optimizer.step()
+            self.ponder.update(metrics["depth"])
+            self.bad_in_a_row = 0
+        else:
+            # What the step wrote into the memory is as bad as its loss: start these rows afresh.
+            self.memories = self._empty_memories(length)
+            self.bad_steps += 1
+            self.bad_in_a_row += 1
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        self.step += 1
+        return metrics | {"bad_steps": self.bad_steps}
+
+    # ---------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self):
+        """Held-out loss and depth of every domain, at the model's own depth and at the forced ones."""
+        cfg = self.cfg.eval
+        documents = {
+            name: evaluate.split_documents(self.prepared.tokens("val", name, cfg.tokens))
+            for name in self.prepared.domains
+            if self.prepared.manifest["domains"][name]["val"]["tokens"] > 1
+        }
+        if not documents:
+            return None
+        flat = [document for part in documents.values() for document in part]
+        length = memory_length(min(self.step / self.steps, 1 - 1e-9), self.t.memory)
+        self.model.eval()
+        result = {}
+        for depth in [None, *cfg.depths]:
+            label = "validation" if depth is None else f"validation at depth {depth}"
+            scores = evaluate.score(self.model, flat, length, self.t.segment, cfg.rows, depth, label)
+            parts, start = {}, 0
+            for name, part in documents.items():
+                parts[name] = evaluate.summarize(scores[start : start + len(part)])
+                start += len(part)
+            summary = {"macro": evaluate.macro(parts), "domains": parts}
+            if depth is None:
+                result = summary
+            else:
+                result.setdefault("forced", {})[str(depth)] = summary["macro"]
+        self.model.train()
+        return result
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self):
+        """Write a checkpoint; every process adds its memory. Returns its folder (on rank 0)."""
+        path = checkpoint.begin(self.folder, self.step) if self.main else None
+        if self.world > 1:
+            dist.barrier()
+            path = self.folder / f"step_{self.step:08d}.unfinished"
+        slots = range(len(self.memories[0].keys))
+        joined = {f"keys.{i}": torch.cat([m.keys[i] for m in self.memories]) for i in slots}
+        joined |= {f"values.{i}": torch.cat([m.values[i] for m in self.memories]) for i in slots}
+        joined["live"] = torch.cat([m.live for m in self.memories])
+        checkpoint.write_tensors(path, f"memory_{self.rank}", joined)
+        if self.world > 1:
+            dist.barrier()
+        if not self.main:
+            return None
+        checkpoint.write_tensors(path, "model", self.model.state_dict())
+        state = {}
+        for optimizer in self.optimizers.values():
+            for p, buffers in optimizer.state.items():
+                state |= {f"{self._names()[p]}/{key}": torch.as_tensor(value) for key, value in buffers.items()}
+        state["random/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint.write_tensors(path, "optimizer", state)
+        meta = {
+            "step": self.step,
+            "tokens": self.step * self.t.batch_size * self.t.segment,
+            "config": dataclasses.asdict(self.cfg),
+            "data_sha256": self.prepared.sha256,
+            "data_state": self.data_state,
+            "position": self.memories[0].position,
+            "ponder_weight": self.ponder.value,
+            "bad_steps": [self.bad_steps, self.bad_in_a_row],
+            "torch": torch.__version__,
+        }
+        path = checkpoint.finish(path, meta)
+        checkpoint.prune(self.folder, self.t.keep)
+        return path
+
+    def resume(self):
+        """Go on from the newest checkpoint, if there is one. Raises `CheckpointError`, `DataError`, `ConfigError`."""
+        found = checkpoint.steps(self.folder)
+        if not found:
+            return
+        path = found[-1]
+        meta = checkpoint.read_meta(path)
+        old, new = meta["config"], json.loads(config.to_json(self.cfg))
+        if changed := list(config.differences(old["model"], new["model"], "model.")):
+            raise checkpoint.CheckpointError(
+                f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"
+            )
+        if meta["data_sha256"] != self.prepared.sha256:
+            raise data.DataError(
+                f"{self.prepared.path}: its manifest is not the one that {path} was trained on. "
+                f"Prepare it as it was, or choose another `out`"
+            )
+        for key in ("batch_size", "segment", "seed"):
+            if old["train"][key] != new["train"][key]:
+                raise ConfigError(
+                    f"'train.{key}' was {old['train'][key]} when {path} was written and is {new['train'][key]} now; "
+                    f"the data position depends on it. Set it back, or choose another `out`"
+                )
+        checkpoint.load_weights(self.model, path, self.device)
+        state = checkpoint.read_tensors(path, "optimizer")
+        torch.set_rng_state(state.pop("random/cpu"))
+        if "random/cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state.pop("random/cuda"), self.device)
+        parameters = {name: p for p, name in self._names().items()}
+        for optimizer in self.optimizers.values():
+            own = {p for group in optimizer.param_groups for p in group["params"]}
+            for key, value in state.items():
+                name, _, buffer = key.rpartition("/")
+                if parameters.get(name) in own:
+                    # AdamW counts its steps on the host unless it is fused
+                    on_device = buffer != "step" or value.is_cuda or optimizer.param_groups[0].get("fused")
+                    optimizer.state[parameters[name]][buffer] = value.to(self.device if on_device else "cpu")
+        self._load_memories(path, meta["position"])
+        self.data_state = meta["data_state"]
+        self.streams.load_state(self.data_state)
+        self.step, self.ponder.value = meta["step"], meta["ponder_weight"]
+        self.bad_steps, self.bad_in_a_row = meta["bad_steps"]
+        if self.main:
+            print(f"going on from {path}, step {self.step} of {self.steps}")
+            for line in config.differences(old, new):
+                print(f"  changed since: {line}")
+
+    def _load_memories(self, path, position):
+        """Every process reads the rows that are its own now, whatever the number of processes was then."""
+        files = sorted(path.glob("memory_*.safetensors"), key=lambda file: int(file.stem.split("_")[1]))
+        parts = [checkpoint.read_tensors(path, file.stem) for file in files]
+        memories = []
+        for i in range(len(self.memories)):
+            first = self.rows.start + i * self.micro
+            own = {key: torch.cat([part[key] for part in parts])[first : first + self.micro] for key in parts[0]}
+            slots = range((len(own) - 1) // 2)
+            keys, values = ([own[f"{kind}.{n}"].to(self.device) for n in slots] for kind in ("keys", "values"))
+            memories.append(Memory(keys, values, own["live"], position))
+        self.memories = memories
+
+    def _names(self):
+        return {p: name for name, p in self.model.named_parameters()}
+
+    # ---------------------------------------------------------------------------------------------- the run
+
+    def run(self):
+        """Train to the end or to a stop signal; returns the exit code."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        log = Log(self.metrics_file, self.step, self.t.wandb, self.cfg) if self.main else None
+        if self.main:
+            self.describe()
+        stop = StopSignal()
+        if self.main and (self.step % self.cfg.eval.interval == 0 or self.step == self.steps):
+            if not any(line["step"] == self.step for line in log.evaluations()):
+                self.report(log)  # before the first step, or where a run was stopped between saving and evaluating
+        bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step", disable=not self.main,
+                   mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)  # fmt: skip
+        clock, clock_step = time.perf_counter(), self.step
+        saved = None
+        while self.step < self.steps:
+            metrics = self.train_step()
+            bar.update()
+            done = self.step == self.steps
+            if self.main and (self.step % self.t.log_interval == 0 or done):
+                now = time.perf_counter()
+                seconds, clock = now - clock, now
+                rate = (self.step - clock_step) * self.t.batch_size * self.t.segment / seconds
+                clock_step = self.step
+                metrics |= self.speed(rate, metrics)
+                log.write("train", self.step, metrics)
+                bar.set_postfix_str(
+                    f"loss {metrics['loss']:.3f}, depth {metrics['depth']:.2f}, {rate:,.0f} tokens/s", refresh=False
+                )
+            if self.bad_in_a_row >= self.t.max_bad_steps:
+                bar.close()
+                good = checkpoint.steps(self.folder)
+                if self.main:
+                    print(
+                        f"error: {self.bad_in_a_row} steps in a row with a non-finite loss or gradient; "
+                        f"the last good checkpoint is {good[-1] if good else 'none'}. Lower optim.lr",
+                        file=sys.stderr,
+                    )
+                return 1
+            stopping = stop.asked(self.device if self.world > 1 else None)
+            evaluating = self.step % self.cfg.eval.interval == 0 or done
+            if self.step % self.t.checkpoint_interval == 0 or evaluating or stopping:
+                saved = self.save()  # before evaluating: an evaluation that fails loses nothing
+            if stopping and not done:
+                bar.close()
+                if self.main:
+                    print(f"stopped; saved {saved}. The same command goes on from there")
+                return 0
+            if evaluating and self.main:
+                bar.clear()
+                self.report(log)
+                clock, clock_step = time.perf_counter(), self.step
+        bar.close()
+        if self.main:
+            self.conclude(log)
+        return 0
+
+    def speed(self, rate, metrics):
+        """Tokens/s, seconds left, model FLOPs utilisation and memory. Utilisation counts the FLOPs of the steps that
+        tokens took; `hardware_utilisation` those that were run, since training runs every step for every token."""
+        flops = {
+            key: 3 * rate * self.model.flops_per_token(depth, metrics["context"])
+            for key, depth in (("utilisation", metrics["depth"]), ("hardware_utilisation", self.cfg.model.max_depth))
+        }
+        peak = self.peak * self.world
+        result = {key: round(value / peak, 4) if peak else "n/a" for key, value in flops.items()}
+        if self.device.type == "cuda":
+            result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
+        left = (self.steps - self.step) * self.t.batch_size * self.t.segment / rate
+        return {"tokens_per_second": round(rate, 1), "seconds_left": round(left)} | result
+
+    def describe(self):
+        counts, model, t = self.model.parameter_counts(), self.cfg.model, self.t
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        dtype = str(self.model.compute_dtype).removeprefix("torch.")
+        print(
+            f"{counts['total'] / 1e6:.1f}M parameters (embedding {counts['embedding'] / 1e6:.1f}M, "
+            f"blocks {counts['blocks'] / 1e6:.1f}M), depth up to {model.max_depth}, halting {model.halting}\n"
+            f"{self.steps} steps of {t.batch_size} x {t.segment} tokens, "
+            f"memory {', '.join(str(length) for _, length in t.memory)}, {dtype} on {self.world} x {name}"
+        )
+
+    def report(self, log):
+        """Evaluate, log and print it, and mark the checkpoint of this step if it is the best so far."""
+        result = self.evaluate()
+        if result is None:
+            return
+        best = min((line["macro"]["nats"] for line in log.evaluations()), default=math.inf)
+        if self.step and result["macro"]["nats"] < best:
+            checkpoint.mark_best(checkpoint.steps(self.folder)[-1])
+        log.write("validation", self.step, result)
+        macro = result["macro"]
+        forced = "".join(f", {part['bits_per_byte']:.3f} at depth {k}" for k, part in result.get("forced", {}).items())
+        domains = ", ".join(f"{name} {part['bits_per_byte']:.2f}" for name, part in result["domains"].items())
+        tqdm.write(
+            f"step {self.step}: validation {macro['bits_per_byte']:.3f} bits per byte at depth {macro['depth']:.2f}"
+            f"{forced} ({domains})"
+        )
+
+    def conclude(self, log):
+        if evaluations := log.evaluations():
+            first, last = (evaluations[i]["macro"]["bits_per_byte"] for i in (0, -1))
+            print(f"validation bits per byte: {first:.3f} untrained, {last:.3f} trained")
+        newest = checkpoint.steps(self.folder)[-1]
+        print(f"finished at step {self.step}: {newest}\nmetrics: {self.metrics_file}")
+
+
+class Log:
+    """metrics.jsonl, and Weights & Biases if asked for. On resume, lines after the checkpoint's step are dropped: they
+    are about to be written again."""
+
+    def __init__(self, file, step, project, cfg):
+        lines = [json.loads(line) for line in _whole_lines(file)]
+        self.lines = [line for line in lines if line["step"] <= step] if step else []
+        rewritten = file.with_suffix(".unfinished")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        rewritten.replace(file)
+        self.file = file.open("a", buffering=1)
+        self.wandb = None
+        if project:
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError("'train.wandb' is set but wandb is not installed: pip install wandb") from None
+            self.wandb = wandb.init(project=project, name=Path(cfg.out).name, config=dataclasses.asdict(cfg))
+
+    def evaluations(self):
+        return [line for line in self.lines if line["event"] == "validation"]
+
+    def write(self, event, step, values):
+        self.lines.append({"event": event, "step": step} | values)
+        self.file.write(json.dumps(self.lines[-1]) + "\n")
+        if self.wandb:
+            self.wandb.log({event: values}, step=step)
+
+
+def _whole_lines(file):
+    """The lines of a file that end in a newline: a killed run can leave half a line."""
+    text = file.read_text() if file.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+class StopSignal:
+    """The first SIGINT or SIGTERM asks for a checkpoint and an orderly end; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(self, device):
+        """Whether any process received a signal; `device` is where they can meet, None for a single process."""
+        if device is None:
+            return self.received
+        flag = torch.tensor(float(self.received), device=device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+
+def pick_device(name, local_rank):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"'train.device' = '{name}' cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def peak_tflops(device, dtype):
+    """Of the accelerator by its name, or 0 where it is unknown."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return 0
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), 0)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any key of the config can be set, for example:\n"
+        "  python train.py configs/demo.toml --train.tokens=2e5 --model.max_depth=4\n"
+        "  torchrun --nproc_per_node=2 train.py configs/pretrain_110m.toml",
+    )  # fmt: skip
+    parser.add_argument("config", help="a TOML file, see configs/")
+    arguments, overrides = parser.parse_known_args()
+    if wrong := [o for o in overrides if not o.startswith("--")]:
+        parser.error(f"unknown argument '{wrong[0]}'; settings are written --section.key=value")
+    distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    try:
+        cfg = config.load(arguments.config, Config, overrides)
+        if distributed:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        return Trainer(cfg).run()
+    except (ConfigError, data.DataError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if distributed and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
