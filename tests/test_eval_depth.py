@@ -64,8 +64,8 @@ def texts(tmp_path_factory):
     return folder
 
 
-def run(run_folder, *argv):
-    return eval_depth.main([*map(str, argv), "--checkpoint", str(run_folder)])
+def run(run_folder, *argv, device="cpu"):
+    return eval_depth.main([*map(str, argv), "--checkpoint", str(run_folder), "--device", device])
 
 
 # -------------------------------------------------------------------------------------------------- statistics
@@ -228,6 +228,15 @@ def test_fixed_depth_has_no_correlation(tmp_path, texts, capsys):
     assert "nan" not in out and out.count("n/a") >= 5
     assert run(folder, texts / "poem.txt", "--depth", 2) == 0
     assert " 2.00 " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_bfloat16_on_cuda_agrees(run_folder, texts, tmp_path, capsys):
+    for device in ("cpu", "cuda"):
+        assert run(run_folder, texts, "--forced", "--json", tmp_path / device, device=device) == 0
+    cpu, cuda = (json.loads((tmp_path / device).read_text()) for device in ("cpu", "cuda"))
+    assert cuda["macro"]["nats"] == pytest.approx(cpu["macro"]["nats"], rel=0.05)
+    assert np.log(cuda["forced"]["macro"]) == pytest.approx(np.log(cpu["forced"]["macro"]), rel=0.05)
 
 
 # -------------------------------------------------------------------------------------------------- map

@@ -17,6 +17,9 @@ from model import ModelConfig, RecurrentTransformer
 SMALL = dict(width=32, heads=2, hidden=64, max_depth=4, halting_bias=-1.0)
 
 
+ON_CPU = ["--device", "cpu"]
+
+
 def build(**changes):
     torch.manual_seed(0)
     model = RecurrentTransformer(ModelConfig(**SMALL | changes)).eval()
@@ -186,7 +189,7 @@ def test_ctrl_c_ends_the_answer_only(capsys, monkeypatch):
 
 
 def test_main_continues_a_prompt(run_folder, capsys):
-    argv = ["Once upon", "--checkpoint", str(run_folder), "--max_tokens", "40", "--seed", "3"]
+    argv = ["Once upon", "--checkpoint", str(run_folder), "--max_tokens", "40", "--seed", "3", *ON_CPU]
     assert sample.main(argv) == 0
     first = capsys.readouterr()
     assert sample.main(argv) == 0
@@ -195,7 +198,7 @@ def test_main_continues_a_prompt(run_folder, capsys):
 
 
 def test_prompt_from_a_pipe(run_folder, capsys, monkeypatch):
-    argv = ["--checkpoint", str(run_folder), "--max_tokens", "5", "--temperature", "0"]
+    argv = ["--checkpoint", str(run_folder), "--max_tokens", "5", "--temperature", "0", *ON_CPU]
     sample.main(["Straße", *argv])
     expected = capsys.readouterr().out
     for dash in ([], ["-"]):
@@ -219,15 +222,23 @@ def test_prompt_loop_ends_cleanly(run_folder, capsys, monkeypatch, last):
 
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    assert sample.main(["--checkpoint", str(run_folder), "--max_tokens", "2"]) == 0
+    assert sample.main(["--checkpoint", str(run_folder), "--max_tokens", "2", *ON_CPU]) == 0
     assert capsys.readouterr().err.count("mean depth") == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_bfloat16_on_cuda_goes_past_its_memory(run_folder, capsys):
+    argv = ["Once upon a time " * 9, "--checkpoint", str(run_folder), "--device", "cuda", "--max_tokens", "50"]
+    for extra in (["--seed", "3", "--top_p", "0.9"], ["--temperature", "0", "--depth", "2"], ["--memory", "0"]):
+        assert sample.main([*argv, *extra]) == 0
+        assert "mean depth" in capsys.readouterr().err
 
 
 def test_newest_checkpoint_is_found_and_named(run_folder, capsys, monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "tiny").symlink_to(run_folder)
     monkeypatch.chdir(tmp_path)
-    assert sample.main(["x", "--max_tokens", "1"]) == 0
+    assert sample.main(["x", "--max_tokens", "1", *ON_CPU]) == 0
     assert "step_00000007" in capsys.readouterr().err
 
 
@@ -250,7 +261,7 @@ def test_newest_checkpoint_is_found_and_named(run_folder, capsys, monkeypatch, t
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(run_folder, capsys, argv, named):
-    assert sample.main(["x", "--checkpoint", str(run_folder), *argv]) == 2
+    assert sample.main(["x", "--checkpoint", str(run_folder), *ON_CPU, *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and named in err and err.startswith("error: ") and err.count("\n") == 1
 
