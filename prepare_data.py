@@ -354,7 +354,7 @@ def prepare_phase(out, phase, name, split, pool, bar):
     def advance(tokens, read):
         step = (tokens if split == "train" else 0) if config.tokens else read
         out.state["read"] += step
-        bar.update(step)
+        bar.update(min(step, bar.total - bar.n) if bar.total else step)  # past its total, tqdm drops the ETA
 
     for done in encode_all(read_sources(sources, out.state["next"], config.seed), pool, config):
         if out.tokens(name) >= budget:
