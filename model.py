@@ -235,7 +235,7 @@ class RecurrentTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """embedding            normal, std 5/D: after norm(), the tied head gives a token's own logit 5, not 0.02 D = 26
+        """embedding            normal, std 5/D: the tied head gives a token its own logit 5; GPT-2's 0.02 would give 26
         query key value gate up normal, std 1/sqrt(fan in)
         output down             zero: every block starts as the identity
         gains                   1

@@ -1,0 +1,336 @@
+"""The invariants of the model: what recurrence, halting and memory may and may not change."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config
+import train
+from model import ModelConfig, PonderWeight, RecurrentTransformer, norm, rotate
+
+V, START = 97, 0  # a small vocabulary; token 0 opens a document
+
+
+def build(noise=0.15, **changes):
+    """A tiny model with every weight disturbed, so that steps, gains and halting all matter."""
+    torch.manual_seed(0)
+    settings = dict(width=32, heads=4, hidden=48, max_depth=5, halting_bias=-1.2, vocab_size=V, document_start=START)
+    model = RecurrentTransformer(ModelConfig(**settings | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += noise * torch.randn_like(p)
+    return model
+
+
+def text(rows=3, length=40, seed=1):
+    """Random tokens, with a few documents in every row."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, V, (rows, length), generator=generator)
+    tokens[torch.rand(rows, length, generator=generator) < 0.06] = START
+    return tokens
+
+
+def run_segments(model, tokens, lengths, memory, depth=None):
+    """Outputs of one segment after another, joined."""
+    state, outputs, start = model.new_memory(len(tokens), memory), [], 0
+    for length in lengths:
+        outputs.append(model(tokens[:, start : start + length], memory=state, depth=depth))
+        state, start = outputs[-1].memory, start + length
+    assert start == tokens.shape[1]
+    return torch.cat([o.logits for o in outputs], 1)[..., :V], torch.cat([o.depth for o in outputs], 1)
+
+
+VARIANTS = {
+    "act": {},
+    "fixed": {"halting": "fixed"},
+    "prelude and coda": {"prelude": 1, "recur": 2, "coda": 1, "max_depth": 3},
+    "stacked": {"share": False, "halting": "fixed", "injection": "none"},
+    "stacked act": {"share": False, "max_depth": 3},
+    "concat": {"injection": "concat_linear"},
+    "plain": {"injection": "none", "step_gains": False},
+    "across documents": {"cross_documents": True},
+}
+variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+# ------------------------------------------------------------------------------------------------ causality, memory
+
+
+@variants
+@torch.no_grad()
+def test_a_future_token_changes_nothing_before_it(changes):
+    model, tokens = build(**changes), text()
+    changed = tokens.clone()
+    changed[:, 25] = (tokens[:, 25] + 1).clamp(1, V - 1)
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before.depth[:, :25], after.depth[:, :25])
+    torch.testing.assert_close(before.logits[:, :25], after.logits[:, :25], atol=1e-6, rtol=0)
+    assert not torch.allclose(before.logits[:, 25], after.logits[:, 25])
+
+
+@variants
+@torch.no_grad()
+def test_segments_with_memory_equal_one_long_forward(changes):
+    model, tokens = build(**changes), text()
+    whole = model(tokens)
+    for lengths in ([10, 10, 10, 10], [7, 30, 3], [40]):
+        logits, depth = run_segments(model, tokens, lengths, memory=40)
+        assert torch.equal(depth, whole.depth)
+        torch.testing.assert_close(logits, whole.logits[..., :V], atol=1e-4, rtol=0)
+
+
+@variants
+@torch.no_grad()
+def test_decoding_one_token_at_a_time_equals_one_long_forward(changes):
+    model, tokens = build(**changes), text(rows=2, length=24)
+    whole = model(tokens)
+    logits, depth = run_segments(model, tokens, [1] * 24, memory=24)
+    assert torch.equal(depth, whole.depth)
+    torch.testing.assert_close(logits, whole.logits[..., :V], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_memory_shorter_than_the_past_drops_the_oldest():
+    """The second segment sees the last M tokens: as if the row had begun there, at every step of the recurrence."""
+    model, tokens = build(halting="fixed", max_depth=1), text(rows=2).clamp(min=1)  # one document
+    logits, _ = run_segments(model, tokens, [30, 10], memory=8)
+    cut = model(tokens[:, 22:])  # with one step, keys and values depend on their own token alone
+    torch.testing.assert_close(logits[:, 30:31], cut.logits[:, 8:9, :V], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_documents_do_not_see_each_other_unless_told_to():
+    tokens = text(rows=1).clamp(min=1)
+    tokens[:, 20] = START
+    other = tokens.clone()
+    other[:, :20] = text(rows=1, seed=2)[:, :20].clamp(min=1)
+    for cross, same in ((False, True), (True, False)):
+        model = build(cross_documents=cross)
+        for lengths in ([40], [15, 25]):
+            a, _ = run_segments(model, tokens, lengths, memory=40)
+            b, _ = run_segments(model, other, lengths, memory=40)
+            assert torch.allclose(a[:, 20:], b[:, 20:], atol=1e-5) is same
+
+
+@torch.no_grad()
+def test_last_step_memory_is_what_every_step_reads():
+    """One slot a block: within one segment nothing changes; across segments all steps read the last step's keys."""
+    single, full = build(memory="last_step"), build()
+    tokens = text()
+    torch.testing.assert_close(single(tokens).logits, full(tokens).logits)
+    assert len(single.new_memory(1, 8).keys) * 5 == len(full.new_memory(1, 8).keys)
+    a = single(tokens[:, :20], memory=single.new_memory(3, 20)).memory
+    b = full(tokens[:, :20], memory=full.new_memory(3, 20)).memory
+    torch.testing.assert_close(a.keys[0], b.keys[-1])
+
+
+def test_no_gradient_reaches_an_earlier_segment():
+    model, tokens = build(), text()
+    first = model(tokens[:, :20], memory=model.new_memory(3, 20))
+    assert not any(x.requires_grad for x in (*first.memory.keys, *first.memory.values))
+    second = model(tokens[:, 20:], memory=first.memory)
+    second.weights.square().sum().backward()  # a loss in which the tied head, and so every embedding, has no part
+    gradient, here = model.embedding.weight.grad, tokens[:, 20:].unique()
+    before = [t for t in tokens[:, :20].unique().tolist() if t not in here.tolist()]
+    assert before and gradient[before].abs().max() == 0 and gradient[here].abs().max() > 0
+
+
+@torch.no_grad()
+def test_resized_memory_keeps_the_newest():
+    model, tokens = build(), text()
+    memory = model(tokens[:, :20], memory=model.new_memory(3, 16)).memory
+    for length in (24, 16, 5, 0):
+        resized = memory.resized(length)
+        assert resized.length == length and int(resized.live.max()) <= length
+        kept = min(length, 16)
+        torch.testing.assert_close(resized.keys[1][:, length - kept :], memory.keys[1][:, 16 - kept :])
+    longer = model(tokens[:, 20:], memory=memory.resized(24)).logits
+    torch.testing.assert_close(longer, model(tokens[:, 20:], memory=memory).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_positions_are_exact_after_a_billion_tokens():
+    model, tokens = build(), text()
+    memory = model.new_memory(3, 40)
+    near = model(tokens, memory=memory)
+    memory.position = 10**9
+    torch.testing.assert_close(model(tokens, memory=memory).logits, near.logits, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ halting
+
+
+def graves(p, eps, limit):
+    """Equations 5 to 8 of Graves 2016 for one token, one step at a time: weights, N and R."""
+    total, weights = 0.0, []
+    for n in range(1, limit + 1):
+        if total + p[n - 1] >= 1 - eps or n == limit:
+            remainder = 1 - total
+            return [*weights, remainder, *[0.0] * (limit - n)], n, remainder
+        weights.append(p[n - 1])
+        total += p[n - 1]
+
+
+def test_act_agrees_with_graves_equations_token_by_token():
+    model, tokens = build(max_depth=6), text(rows=4, length=60)
+    probabilities = []
+    head = model.halting.forward
+    model.halting.forward = lambda x: probabilities.append(head(x)) or probabilities[-1]
+    out = model(tokens)  # with gradients: evaluation may stop early, training runs every step
+    p = torch.sigmoid(torch.stack(probabilities)).squeeze(-1)
+    assert len(set(out.depth.flatten().tolist())) >= 4  # the check sees several depths
+    for row in range(4):
+        for i in range(60):
+            weights, steps, remainder = graves(p[:, row, i].tolist(), 0.01, 6)
+            assert out.depth[row, i] == steps
+            assert math.isclose(out.ponder[row, i].item(), steps + remainder, abs_tol=1e-5)
+            torch.testing.assert_close(out.weights[:, row, i], torch.tensor(weights), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("depth", [None, 1, 2, 3, 4, 5])
+@torch.no_grad()
+def test_step_weights_sum_to_one(depth):
+    out = build()(text(), depth=depth)
+    torch.testing.assert_close(out.weights.sum(0), torch.ones(3, 40), atol=1e-5, rtol=0)
+    assert out.weights.min() >= 0
+
+
+@variants
+@torch.no_grad()
+def test_every_forced_depth_takes_exactly_that_many_steps(changes):
+    model, tokens = build(**changes), text()
+    logits = [model(tokens, depth=k).logits for k in range(1, model.config.max_depth + 1)]
+    for k, here in enumerate(logits, 1):
+        assert (model(tokens, depth=k).depth == k).all()
+        assert all(not torch.allclose(here, other) for other in logits[k:])
+        segments, _ = run_segments(model, tokens, [20, 20], memory=20, depth=k)
+        torch.testing.assert_close(segments, here[..., :V], atol=1e-4, rtol=0)
+    for wrong in (0, model.config.max_depth + 1):
+        with pytest.raises(ValueError, match=f"depth must lie in 1..{model.config.max_depth}, not {wrong}"):
+            model(tokens, depth=wrong)
+
+
+def test_the_ponder_cost_has_gradient_through_the_remainder():
+    """dR/db < 0 for the bias of the halting head wherever a token takes more than one step: halting sooner is cheaper."""
+    model = build(noise=0.0, halting_bias=-1.5)
+    out = model(text())
+    assert (out.depth > 1).all()
+    out.ponder.mean().backward()
+    assert model.halting.bias.grad < 0
+
+
+def packed(model, tokens):
+    """Scoring as a fast engine would do it, token-packed: at every step only the active tokens are computed, one row of
+    the batch at a time; a token that has halted is never touched again. An independent reference for one document."""
+    c, (block,) = model.config, model.recur
+    logits = []
+    for row in tokens:
+        T = len(row)
+        cos, sin = model._rope(T, None)
+        e = norm(model.embedding(row[None]))[0]
+        h, out, left = e.clone(), torch.zeros_like(e), torch.ones(T)
+        keys, values = torch.zeros(T, c.heads, c.width // c.heads), torch.zeros(T, c.heads, c.width // c.heads)
+        active = torch.arange(T)
+        for n in range(c.max_depth):
+            a, b = model.inject[n]
+            x = a * norm(h[active]) + b * e[active]
+            attn_in, attn_out, mlp_in, mlp_out = model.gains[n, 0]
+            y = norm(x) * attn_in
+            q, k, v = (layer(y).unflatten(-1, (c.heads, -1)) for layer in (block.query, block.key, block.value))
+            here = cos[active], sin[active]
+            q, keys[active], values[active] = rotate(norm(q)[None], here)[0], rotate(norm(k)[None], here)[0], v
+            mask = torch.arange(T) <= active[:, None]
+            attended = F.scaled_dot_product_attention(*(z.transpose(0, 1) for z in (q, keys, values)), attn_mask=mask)
+            x = x + attn_out * block.output(attended.transpose(0, 1).flatten(1))
+            y = norm(x) * mlp_in
+            h[active] = x = x + mlp_out * block.down(F.silu(block.gate(y)) * block.up(y))
+            p = torch.sigmoid(model.halting(norm(x))).squeeze(-1)
+            halts = (1 - left[active] + p >= 1 - c.halting_eps) | (n == c.max_depth - 1)
+            w = torch.where(halts, left[active], p)
+            out[active] += w[:, None] * x
+            left[active] -= w
+            active = active[~halts]
+        logits.append(F.linear(norm(out), model.embedding.weight))
+    return torch.stack(logits)[..., :V]
+
+
+def test_a_halted_token_costs_nothing_later():
+    """Dense training, token-packed scoring and cached decoding give the same logits."""
+    model, tokens = build(), text(rows=2).clamp(min=1)
+    dense = model(tokens)  # with gradients: all steps for all tokens
+    assert dense.depth.float().mean() < model.config.max_depth - 0.3  # some do halt
+    with torch.no_grad():
+        torch.testing.assert_close(packed(model, tokens), dense.logits[..., :V], atol=1e-4, rtol=0)
+        decoded, _ = run_segments(model, tokens, [1] * 40, memory=40)
+    torch.testing.assert_close(decoded, dense.logits[..., :V], atol=1e-4, rtol=0)
+
+
+def test_the_ponder_weight_steers_depth_both_ways():
+    steered = PonderWeight(0.0, target_depth=4, rate=0.01, limit=0.05)
+    steered.update(5.0)
+    assert steered.value == pytest.approx(0.01)  # too deep: steps cost more
+    for _ in range(10):
+        steered.update(2.0)
+    assert steered.value == -0.05  # too shallow: steps are rewarded, within the limit
+    constant = PonderWeight(0.003)
+    constant.update(8.0)
+    assert constant.value == 0.003
+
+
+# ------------------------------------------------------------------------------------------------ head, sizes, config
+
+
+@torch.no_grad()
+def test_padded_ids_can_never_be_chosen_and_do_not_enter_the_loss():
+    model, tokens = build(), text()
+    out = model(tokens)
+    assert out.logits.shape[-1] == 128 and out.logits[..., V:].max() == -math.inf
+    nll = model(tokens[:, :-1], tokens[:, 1:]).nll
+    wanted = F.cross_entropy(model(tokens[:, :-1]).logits[..., :V].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(nll.flatten(), wanted)
+
+
+@torch.no_grad()
+def test_an_untrained_model_is_close_to_uniform():
+    model = RecurrentTransformer(ModelConfig(width=64, heads=2, hidden=64))
+    tokens = torch.randint(0, 50000, (2, 64), generator=torch.Generator().manual_seed(0))
+    nll = model(tokens[:, :-1], tokens[:, 1:]).nll.mean()
+    assert abs(nll - math.log(model.config.vocab_size)) < 0.3
+
+
+def shapes_only(name):
+    with torch.device("meta"):
+        return RecurrentTransformer(config.load(f"configs/{name}.toml", train.Config).model)
+
+
+def test_parameter_counts_of_the_configs():
+    counts = shapes_only("pretrain_110m").parameter_counts()
+    assert counts == {"embedding": 64_331_520, "blocks": 45_875_200, "rest": 42_257, "total": 110_248_977}
+    baseline = shapes_only("baseline_6layer")
+    assert 104e6 < baseline.parameter_counts()["total"] < 110.3e6
+    assert len(baseline.recur) == 6 and baseline.halting is None and baseline.inject is None
+    assert len(shapes_only("loop_6x4").recur) == 6
+
+
+def test_flops_know_shared_weights_and_depth():
+    model = shapes_only("pretrain_110m")
+    block, attention, head = 2 * 45_875_200, 4 * 1280 * 768, 2 * 50304 * 1280
+    assert model.flops_per_token(8, 768) == 8 * (block + attention) + head
+    assert model.flops_per_token(4.5, 0) == 4.5 * block + head
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"heads": 5}, "'width' 32 must be 'heads'"),
+        ({"recur": 0}, "'recur' at least 1"),
+        ({"share": False, "memory": "last_step"}, "own blocks cannot read"),
+        ({"halting_eps": 1.5}, "'halting_eps' must lie between 0 and 1"),
+        ({"document_start": V}, "not in the vocabulary"),
+    ],
+)
+def test_impossible_models_are_refused_with_the_reason(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
