@@ -74,27 +74,27 @@ class Prepared:
     def open(path):
         """Read the manifest and check that every shard is there at its size. Raises `DataError`."""
         path = Path(path)
+        file = path / "manifest.json"
         try:
-            raw = (path / "manifest.json").read_bytes()
+            raw = file.read_bytes()
         except OSError:
             state = "not finished preparing" if path.is_dir() else "not prepared yet"
             raise DataError(f"{path}: {state} (no manifest.json); run prepare_data.py with its data config") from None
         try:
             manifest = json.loads(raw)
-            version, domains = manifest["version"], manifest["domains"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}/manifest.json: damaged; prepare the data again") from None
-        if version != MANIFEST_VERSION:
-            raise DataError(f"{path}/manifest.json: version {version}, expected {MANIFEST_VERSION}; prepare it again")
-        if manifest["tokenizer_sha256"] != RANKS_SHA256:
-            raise DataError(f"{path}/manifest.json: made with another tokenizer; prepare it again")
-        for domain in domains.values():
-            for shard in domain["train"]["shards"] + domain["val"]["shards"]:
-                file = path / shard["file"]
-                size = file.stat().st_size if file.exists() else None
-                if size != 2 * shard["tokens"]:
-                    found = "missing" if size is None else f"{size} bytes instead of {2 * shard['tokens']}"
-                    raise DataError(f"{file}: {found}; prepare the data again")
+            if (version := manifest["version"]) != MANIFEST_VERSION:
+                raise DataError(f"{file}: version {version}, expected {MANIFEST_VERSION}; prepare it again")
+            if manifest["tokenizer_sha256"] != RANKS_SHA256:
+                raise DataError(f"{file}: made with another tokenizer; prepare it again")
+            parts = [domain[split] for domain in manifest["domains"].values() for split in ("train", "val")]
+            sizes = {path / shard["file"]: 2 * shard["tokens"] for part in parts for shard in part["shards"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{file}: damaged; prepare the data again") from None
+        for shard, expected in sizes.items():
+            size = shard.stat().st_size if shard.exists() else None
+            if size != expected:
+                found = "missing" if size is None else f"{size} bytes instead of {expected}"
+                raise DataError(f"{shard}: {found}; prepare the data again")
         return Prepared(path, manifest, hashlib.sha256(raw).hexdigest())
 
     @property
@@ -129,13 +129,16 @@ class TokenStreams:
     """
 
     def __init__(self, prepared, rows, segment, seed, weights=None):
-        """weights: {domain: weight} to replace those of the manifest. Raises `DataError` for a domain without text."""
+        """weights: {domain: weight} to replace those of the manifest. Raises `DataError` for wrong ones, and for a
+        domain without text."""
         self.rows, self.segment, self.seed = rows, segment, seed
         self.names = prepared.domains
         shares = weights or {name: prepared.manifest["domains"][name]["weight"] for name in self.names}
         if unknown := set(shares) - set(self.names):
             raise DataError(f"{prepared.path}: no domain '{min(unknown)}'; it has {', '.join(self.names)}")
         self.shares = np.array([shares.get(name, 0.0) for name in self.names], dtype=np.float64)
+        if not (self.shares.min() >= 0 and 0 < self.shares.sum() < np.inf):
+            raise DataError(f"{prepared.path}: the weights {shares} must be at least 0, and one above")
         self.shares /= self.shares.sum()
         self.shards = [prepared.shards("train", name) for name in self.names]
         for name, share, shards in zip(self.names, self.shares, self.shards):
