@@ -107,7 +107,8 @@ def read_meta(path):
         sums = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}/SHA256SUMS: {error}; {remedy}") from None
-    for name in {"meta.json", "model.safetensors"} | set(sums):
+    written = {file.name for file in path.glob("*.safetensors")}  # also those whose line of SHA256SUMS was lost
+    for name in sorted({"meta.json", "model.safetensors"} | set(sums) | written):
         file = path / name
         if not file.exists():
             raise CheckpointError(f"{file}: missing; {remedy}")
@@ -139,7 +140,11 @@ def load_model(where=None, device="cpu", compute_dtype=torch.float32):
     """The model of the checkpoint `where` (see `find`), ready to evaluate, and its meta. Raises `CheckpointError`."""
     path = find(where)
     meta = read_meta(path)
-    model = RecurrentTransformer(config.from_dict(meta["config"]["model"], ModelConfig, str(path)), compute_dtype)
+    try:
+        model_config = config.from_dict(meta["config"]["model"], ModelConfig, str(path))
+    except config.ConfigError as error:
+        raise CheckpointError(f"{error}; it was written by another version of the code") from None
+    model = RecurrentTransformer(model_config, compute_dtype)
     load_weights(model, path)
     if model.config.vocab_size != data.VOCAB_SIZE:
         raise CheckpointError(f"{path}: its vocabulary of {model.config.vocab_size} is not the bundled tokenizer's")
