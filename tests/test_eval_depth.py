@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,7 +15,6 @@ import eval_depth
 import evaluate
 from eval_depth import Document
 from evaluate import Scores
-from model import ModelConfig, RecurrentTransformer
 
 
 def encode(text):
@@ -28,24 +26,9 @@ def scores(depth, nll=None, text=None):
     return Scores(tokens, np.array(depth if nll is None else nll, np.float32), np.array(depth))
 
 
-def make_run(folder, **changes):
-    torch.manual_seed(0)
-    model = RecurrentTransformer(ModelConfig(width=32, heads=2, hidden=64, max_depth=3, halting_bias=-0.5, **changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3)
-    path = checkpoint.begin(folder / "checkpoints", 7)
-    checkpoint.write_tensors(path, "model", model.state_dict())
-    train = {"segment": 32, "memory": [[0.0, 16], [0.5, 32]]}
-    config = {"model": asdict(model.config), "train": train, "data": {"path": str(folder / "prepared")}}
-    checkpoint.finish(path, {"step": 7, "config": config})
-    return folder
-
-
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"))
+def run_folder(tmp_path_factory, write_run):
+    return write_run(tmp_path_factory.mktemp("run"), max_depth=3)
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +164,10 @@ def test_tokens_are_capped_per_topic(texts):
     assert [len(d.tokens) - 1 for d in topics["poem"]] == [12]
 
 
-def test_a_prepared_folder_is_read_to_its_end(tmp_path):
-    documents = [[data.EOT, 5, 6, 7], [data.EOT, 8], [data.EOT]]
-    shards = [{"file": "0.bin", "tokens": 7}]
-    np.concatenate(documents).astype("<u2").tofile(tmp_path / "0.bin")
-    domain = {"weight": 1, "train": {"shards": []}, "val": {"shards": shards}}
-    manifest = {"version": data.MANIFEST_VERSION, "tokenizer_sha256": data.RANKS_SHA256, "domains": {"code": domain}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+def test_a_prepared_folder_is_read_to_its_end(tmp_path, write_prepared):
+    write_prepared(tmp_path, {"code": (1, [], [[[5, 6, 7], [8], []]])})
     (topic,) = eval_depth.read_topics(tmp_path, 100).values()
-    assert [d.tokens.tolist() for d in topic] == documents[:2] and all(d.code for d in topic)
+    assert [d.tokens.tolist() for d in topic] == [[data.EOT, 5, 6, 7], [data.EOT, 8]] and all(d.code for d in topic)
 
 
 # -------------------------------------------------------------------------------------------------- the whole table
@@ -219,8 +197,8 @@ def test_tables_equal_a_direct_computation(run_folder, texts, tmp_path, capsys):
     assert tables["step"] == 7 and tables["memory"] == 32 and len(tables["forced"]["macro"]) == 3
 
 
-def test_fixed_depth_has_no_correlation(tmp_path, texts, capsys):
-    folder = make_run(tmp_path / "fixed", halting="fixed")
+def test_fixed_depth_has_no_correlation(tmp_path, write_run, texts, capsys):
+    folder = write_run(tmp_path / "fixed", max_depth=3, halting="fixed")
     assert run(folder, texts, "--json", tmp_path / "depth.json") == 0
     rows = json.loads((tmp_path / "depth.json").read_text())
     assert rows["all"]["spearman"] is None and rows["all"]["histogram"] == [0, 0, 1]

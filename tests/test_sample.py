@@ -3,55 +3,28 @@
 import io
 import re
 import sys
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import checkpoint
 import data
 import sample
-from model import ModelConfig, RecurrentTransformer
-
-SMALL = dict(width=32, heads=2, hidden=64, max_depth=4, halting_bias=-1.0)
-
+from model import ModelConfig
 
 ON_CPU = ["--device", "cpu"]
 
 
-def build(**changes):
-    torch.manual_seed(0)
-    model = RecurrentTransformer(ModelConfig(**SMALL | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3)
-    return model
-
-
 @pytest.fixture(scope="module")
-def model():
-    return build(vocab_size=300, document_start=0)  # a small vocabulary, where no text is decoded
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A run with one checkpoint of a tiny model with the real vocabulary."""
-    tiny, folder = build(), tmp_path_factory.mktemp("run")
-    path = checkpoint.begin(folder / "checkpoints", 7)
-    checkpoint.write_tensors(path, "model", tiny.state_dict())
-    train = {"segment": 16, "memory": [[0.0, 8], [0.5, 16]]}
-    meta = {"step": 7, "config": {"model": asdict(tiny.config), "train": train, "data": {"path": "none"}}}
-    checkpoint.finish(path, meta)
-    return folder
+def model(tiny_model):
+    return tiny_model(vocab_size=300, document_start=0)  # a small vocabulary, where no text is decoded
 
 
 class Scripted:
     """A model that predicts a fixed sequence of tokens, whatever it reads, at depths 1, 2, 1, 2, ..."""
 
     def __init__(self, tokens):
-        self.tokens, self.read, self.config = tokens, [], ModelConfig(**SMALL)
+        self.tokens, self.read, self.config = tokens, [], ModelConfig(max_depth=4)
         self.embedding = SimpleNamespace(weight=torch.zeros(1))
 
     def new_memory(self, batch, length):
