@@ -456,8 +456,9 @@ class Trainer:
                     )
                 return 1
             stopping = stop.asked(self.device if self.world > 1 else None)
-            evaluating = self.step % self.cfg.eval.interval == 0 or done
-            if self.step % self.t.checkpoint_interval == 0 or evaluating or stopping:
+            well = not self.bad_in_a_row
+            evaluating = well and self.step % self.cfg.eval.interval == 0 or done
+            if well and self.step % self.t.checkpoint_interval == 0 or evaluating or stopping:
                 saved = self.save()  # before evaluating: an evaluation that fails loses nothing
             if stopping and not done:
                 bar.close()
@@ -584,10 +585,11 @@ def pick_device(name, local_rank):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank if device.index is None else device.index)
-            torch.cuda.set_device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"'train.device' = '{name}' cannot be used: {str(error).splitlines()[0]}") from None
     return device

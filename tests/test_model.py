@@ -213,7 +213,7 @@ def test_every_forced_depth_takes_exactly_that_many_steps(changes):
 
 
 def test_the_ponder_cost_has_gradient_through_the_remainder():
-    """dR/db < 0 for the bias of the halting head wherever a token takes more than one step: halting sooner is cheaper."""
+    """dR/db < 0 for the bias of the halting head where tokens take more than one step: halting sooner is cheaper."""
     model = build(noise=0.0, halting_bias=-1.5)
     out = model(text())
     assert (out.depth > 1).all()
@@ -288,7 +288,7 @@ def test_padded_ids_can_never_be_chosen_and_do_not_enter_the_loss():
     out = model(tokens)
     assert out.logits.shape[-1] == 128 and out.logits[..., V:].max() == -math.inf
     nll = model(tokens[:, :-1], tokens[:, 1:]).nll
-    wanted = F.cross_entropy(model(tokens[:, :-1]).logits[..., :V].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    wanted = F.cross_entropy(out.logits[:, :-1, :V].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(nll.flatten(), wanted)
 
 

@@ -1,0 +1,35 @@
+# make demo    a small model on real text, from nothing, on two CPU cores
+# make test    the tests
+# make clean   remove what the demo made (not the environment)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test clean
+
+demo: $(VENV)/installed
+	$(BIN)/python prepare_data.py configs/data/demo.toml
+	$(BIN)/python train.py configs/demo.toml
+	$(BIN)/python sample.py --checkpoint runs/demo --max_tokens 120 --temperature 0.7 --seed 1 "ROMEO"
+	$(BIN)/python eval_depth.py --checkpoint runs/demo --tokens 4000
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name it with make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf data/demo runs/demo

@@ -1,0 +1,378 @@
+"""Training: exact resume whatever kills the run, several processes, bad steps, refusals."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import config
+import prepare_data
+import train
+from model import RecurrentTransformer
+from sources import Source
+
+ROOT = Path(train.__file__).parent
+STEPS = 12
+CONFIG = f"""
+out = "run"
+[model]
+width = 16
+heads = 2
+hidden = 32
+max_depth = 3
+halting_bias = -1.0
+[data]
+path = "data"
+[train]
+tokens = {STEPS * 4 * 16}
+batch_size = 4
+micro_batch = 2
+segment = 16
+memory = [[0.0, 16], [0.5, 32]]
+ponder_weight = 0.01
+target_depth = 2.0
+checkpoint_interval = 3
+log_interval = 1
+[eval]
+interval = 6
+tokens = 200
+rows = 2
+depths = [1, 3]
+"""
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    domains = {
+        name: prepare_data.Domain([Source(generated=name, documents=40)]) for name in ("arithmetic", "word_problems")
+    }
+    prepare_data.prepare(prepare_data.DataConfig(str(folder / "data"), domains, val_fraction=0.2))
+    return folder / "data"
+
+
+@pytest.fixture
+def workplace(tmp_path, prepared, monkeypatch):
+    """A folder with prepared data and a config, in which `run` trains."""
+    shutil.copytree(prepared, tmp_path / "data")
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, prepared):
+    """The curve of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("reference")
+    shutil.copytree(prepared, folder / "data")
+    (folder / "tiny.toml").write_text(CONFIG)
+    assert launch(folder).returncode == 0
+    return folder
+
+
+def run(monkeypatch, *overrides):
+    """train.py in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "tiny.toml", *overrides])
+    return train.main()
+
+
+def launch(folder, *overrides, before="", processes=1):
+    """train.py in processes of its own, after the Python statements `before`."""
+    script = folder / "launch.py"
+    script.write_text(f"import os, signal, sys\nimport checkpoint, train\n{before}\nsys.exit(train.main())\n")
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(script), "tiny.toml", *overrides], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+TIMINGS = {"tokens_per_second", "seconds_left", "utilisation", "hardware_utilisation"}
+
+
+def curve(folder, out="run"):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def weights(folder, out="run"):
+    path = checkpoint.find(folder / out)
+    return path.name, checkpoint.read_tensors(path, "model")
+
+
+def assert_same_run(folder, reference):
+    assert curve(folder) == curve(reference)
+    (name, here), (wanted, there) = weights(folder), weights(reference)
+    assert name == wanted and all(torch.equal(here[key], there[key]) for key in there)
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def test_killed_at_a_random_step_the_curve_continues_bit_for_bit(workplace, reference):
+    step = random.SystemRandom().randrange(1, STEPS)
+    kill = f"""
+train_step = train.Trainer.train_step
+def killed(self):
+    metrics = train_step(self)
+    if self.step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return metrics
+train.Trainer.train_step = killed
+"""
+    assert launch(workplace, before=kill).returncode == -signal.SIGKILL, f"step {step}"
+    again = launch(workplace)
+    assert again.returncode == 0, again.stderr
+    assert ("going on from" in again.stdout) is (step > 3), f"step {step}"
+    assert_same_run(workplace, reference)
+
+
+@pytest.mark.parametrize("during", ["model", "optimizer", "memory_0"])
+def test_killed_while_writing_a_checkpoint(workplace, reference, during):
+    """Half a file is on the disk when the process dies; the run goes on from the checkpoint before."""
+    kill = f"""
+write_tensors = checkpoint.write_tensors
+def killed(path, name, tensors):
+    write_tensors(path, name, tensors)
+    if name == "{during}" and path.name.startswith("step_00000006"):
+        file = path / (name + ".safetensors")
+        os.truncate(file, file.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.write_tensors = killed
+"""
+    assert launch(workplace, before=kill).returncode == -signal.SIGKILL
+    assert (workplace / "run/checkpoints/step_00000006.unfinished").exists()
+    assert checkpoint.find(workplace / "run").name == "step_00000003"
+    assert launch(workplace).returncode == 0
+    assert_same_run(workplace, reference)
+    assert not list((workplace / "run/checkpoints").glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_saves_and_exits_with_zero(workplace, reference, monkeypatch, capsys, number):
+    train_step = train.Trainer.train_step
+
+    def interrupted(self):
+        metrics = train_step(self)
+        if self.step == 5:
+            os.kill(os.getpid(), number)
+        return metrics
+
+    monkeypatch.setattr(train.Trainer, "train_step", interrupted)
+    assert run(monkeypatch) == 0
+    assert "saved" in capsys.readouterr().out
+    assert checkpoint.find("run").name == "step_00000005"
+    assert run(monkeypatch) == 0
+    assert_same_run(workplace, reference)
+
+
+def test_a_kill_between_saving_and_evaluating_loses_no_evaluation(workplace, reference, monkeypatch):
+    report = train.Trainer.report
+
+    def killed(self, log):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        report(self, log)
+
+    monkeypatch.setattr(train.Trainer, "report", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch)
+    monkeypatch.setattr(train.Trainer, "report", report)
+    assert run(monkeypatch) == 0
+    assert_same_run(workplace, reference)
+
+
+def test_a_finished_run_stays_as_it_is(reference, tmp_path, monkeypatch):
+    folder = shutil.copytree(reference, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    assert run(monkeypatch) == 0
+    assert_same_run(folder, reference)
+
+
+def test_the_random_state_and_the_optimizers_are_restored(reference, tmp_path, monkeypatch):
+    folder = shutil.copytree(reference, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    trainer = train.Trainer(config.load("tiny.toml", train.Config))
+    torch.manual_seed(99)
+    trainer.resume()
+    saved = checkpoint.read_tensors(checkpoint.find("run"), "optimizer")
+    assert torch.equal(torch.get_rng_state(), saved["random/cpu"])
+    restored = {
+        f"{trainer._names()[p]}/{key}": value
+        for optimizer in trainer.optimizers.values()
+        for p, buffers in optimizer.state.items()
+        for key, value in buffers.items()
+    }
+    assert restored.keys() == saved.keys() - {"random/cpu"}
+    assert all(torch.equal(torch.as_tensor(restored[key]), saved[key]) for key in restored)
+
+
+# ------------------------------------------------------------------------------------------------ what is computed
+
+
+def test_what_a_run_reports(reference):
+    lines = curve(reference)
+    assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if line["event"] == "validation"] == [0, 6, STEPS]
+    for line in lines:
+        assert line["domains"].keys() <= {"arithmetic", "word_problems"}
+        if line["event"] == "train":
+            number = sum(d["tokens"] for d in line["domains"].values())
+            mean = sum(d["loss"] * d["tokens"] for d in line["domains"].values()) / number
+            assert number == 4 * 16 and mean == pytest.approx(line["loss"])
+        else:
+            assert line["forced"].keys() == {"1", "3"} and line["forced"]["3"]["depth"] == 3
+    assert [line["memory"] for line in lines if line["event"] == "train"] == [16] * 6 + [32] * 6
+    first, _, last = (line["macro"]["bits_per_byte"] for line in lines if line["event"] == "validation")
+    assert last < first
+    assert (reference / "run/checkpoints/best").resolve() == checkpoint.find(reference / "run")
+
+
+def test_micro_batches_change_nothing(workplace, reference, monkeypatch):
+    assert run(monkeypatch, "--train.micro_batch=4", "--out=one") == 0
+    for a, b in zip(curve(workplace, "one"), curve(reference)):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
+
+
+def test_two_processes_give_the_losses_of_one(workplace, reference):
+    halves = launch(workplace, "--train.micro_batch=0", processes=2)
+    assert halves.returncode == 0, halves.stderr
+    ours, theirs = curve(workplace), curve(reference)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
+        assert a.get("depth") == pytest.approx(b.get("depth"), abs=0.02)
+    # and what two processes saved, one can go on from
+    shutil.rmtree(workplace / "run/checkpoints/step_00000012")
+    alone = launch(workplace)
+    assert alone.returncode == 0 and "step_00000009" in alone.stdout, alone.stderr
+    for a, b in zip(curve(workplace), theirs):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
+
+
+def poison(monkeypatch, steps):
+    """Make the loss of these steps infinite."""
+    loss = RecurrentTransformer.loss
+
+    def poisoned(self, out, targets):
+        return loss(self, out, targets) * (float("inf") if self.training and poisoned.step in steps else 1)
+
+    train_step = train.Trainer.train_step
+
+    def counted(self):
+        poisoned.step = self.step + 1
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        metrics = train_step(self)
+        same = all(torch.equal(p, before[name]) for name, p in self.model.named_parameters())
+        assert same is (self.step in steps)
+        return metrics
+
+    monkeypatch.setattr(RecurrentTransformer, "loss", poisoned)
+    monkeypatch.setattr(train.Trainer, "train_step", counted)
+
+
+def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(workplace, monkeypatch):
+    poison(monkeypatch, {4, 5})
+    assert run(monkeypatch, "--train.max_bad_steps=3") == 0
+    lines = [line for line in curve(workplace) if line["event"] == "train"]
+    assert [line["bad_steps"] for line in lines] == [0] * 3 + [1] + [2] * 8
+    assert all(line["loss"] < 20 for line in lines[5:])  # neither weights nor memory are spoiled
+
+
+def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(workplace, monkeypatch, capsys):
+    poison(monkeypatch, set(range(4, STEPS + 1)))
+    assert run(monkeypatch, "--train.max_bad_steps=4") == 1
+    error = capsys.readouterr().err
+    assert "4 steps in a row with a non-finite loss" in error and "step_00000003" in error
+    assert [path.name for path in checkpoint.steps(workplace / "run/checkpoints")] == ["step_00000003"]
+
+
+def test_learning_rate_and_memory_schedules():
+    optim = train.OptimConfig(warmup=0.1, decay=0.5, final=0.2)
+    rates = [train.learning_rate(x, optim) for x in (0.05, 0.1, 0.5, 0.75, 1.0)]
+    assert rates == pytest.approx([0.5, 1, 1, 0.6, 0.2])
+    assert train.learning_rate(0.75, train.OptimConfig(decay=0.5, final=0.2, schedule="cosine")) == pytest.approx(0.6)
+    assert [train.memory_length(x, [(0.0, 512), (0.5, 1024)]) for x in (0, 0.49, 0.5, 0.99)] == [512, 512, 1024, 1024]
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = RecurrentTransformer(config.load(ROOT / "configs/demo.toml", train.Config).model)
+    optimizers = train.build_optimizers(model, train.OptimConfig())
+    names = {p: name for name, p in model.named_parameters()}
+    held = {key: {names[p] for group in o.param_groups for p in group["params"]} for key, o in optimizers.items()}
+    layers = ("query", "key", "value", "output", "gate", "up", "down")
+    assert held["muon"] == {f"recur.0.{layer}.weight" for layer in layers}
+    assert held["adamw"] == {"embedding.weight", "gains", "inject", "halting.weight", "halting.bias"}
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(monkeypatch, capsys, *overrides):
+    assert run(monkeypatch, *overrides) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(reference, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    assert "another architecture: model.width: 16 -> 32" in refused(monkeypatch, capsys, "--model.width=32")
+    assert "'train.batch_size' was 4" in refused(monkeypatch, capsys, "--train.batch_size=8")
+    newest = checkpoint.find("run")
+    manifest = folder / "data/manifest.json"
+    original = manifest.read_text()
+    manifest.write_text(original.replace('"weight": 1.0', '"weight": 2.0'))
+    assert "its manifest is not the one" in refused(monkeypatch, capsys)
+    manifest.write_text(original)
+    with open(newest / "optimizer.safetensors", "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"\x7f")
+    assert "optimizer.safetensors: truncated or altered" in refused(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--train.batchsize=8", "did you mean 'batch_size'"),
+        ("--train.tokens=10", "less than one step"),
+        ("--train.memory=[[0.5, 16]]", "'memory' must be"),
+        ("--train.micro_batch=3", "must be a multiple of 'train.micro_batch' 3"),
+        ("--train.target_depth=9", "must lie in 1..3"),
+        ("--model.halting=fixed", "cannot be steered"),
+        ("--eval.depths=[4]", "depths are 1..3"),
+        ("--train.device=cuda:77", "cannot be used"),
+        ("--data.path=nowhere", "nowhere: not prepared yet"),
+        ("--data.weights.poems=1", "no domain 'poems'"),
+        ("--stage=sft", "must be one of 'pretrain'"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, override, message):
+    assert message in refused(monkeypatch, capsys, override)
+
+
+def test_a_missing_config_names_the_nearest(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", "configs/demmo.toml"])
+    assert train.main() == 2
+    assert "did you mean 'configs/demo.toml'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
+def test_every_config_in_the_repository_is_valid(path):
+    assert config.load(path, train.Config).stage == "pretrain"
