@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there: what is written, found, refused and deleted."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -51,6 +52,7 @@ def test_the_same_step_again_replaces_the_first(tmp_path):
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="needs sha256sum")
 def test_checksums_are_those_of_sha256sum(tmp_path):
     path = write(tmp_path)
+    assert re.fullmatch(r"([0-9a-f]{64}  [\w.]+\n){3}", (path / "SHA256SUMS").read_text())
     out = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.splitlines() == [f"{name}: OK" for name in FILES]
 
