@@ -115,6 +115,27 @@ class Output:
     memory: Memory | None
 
 
+def pick_device(name="auto", local_rank=0):
+    """The torch device of `name`; auto: CUDA where there is one. Raises ValueError for one that cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch dtype of the activations; auto: bfloat16 on CUDA, float32 elsewhere."""
+    return getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name))
+
+
 def norm(x):
     return F.rms_norm(x, (x.shape[-1],))
 
@@ -348,9 +369,12 @@ class RecurrentTransformer(nn.Module):
             kvs.append(kv)
         if state is None:
             return h, kvs, None, None
-        p = torch.sigmoid(self.halting(norm(h.float()))).squeeze(-1)
-        state, weight = state.advance(h, p, threshold)
+        state, weight = state.advance(h, self.halting_probability(h), threshold)
         return h, kvs, state, weight
+
+    def halting_probability(self, h):
+        """p_n of states h (B, T, D), as (B, T) float32. A sum, not a matrix product: it fuses with the norm."""
+        return torch.sigmoid((norm(h.float()) * self.halting.weight).sum(-1) + self.halting.bias)
 
     def loss(self, out, targets):
         """Negative log-likelihood of targets (B, T) in nats, float32; the states `out` are (B, T, D)."""

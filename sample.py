@@ -20,6 +20,7 @@ import torch
 
 import checkpoint
 import data
+from model import pick_device, pick_dtype
 
 # ANSI 256-colour backgrounds from shallow to deep, light enough for black text.
 RAMP = (153, 147, 141, 177, 170, 205, 204, 203)
@@ -105,10 +106,12 @@ def load_model(args):
     """
     if args.memory is not None and args.memory < 0:
         raise InputError(f"--memory {args.memory} is negative; give a number of tokens, or 0 for none")
-    device = pick_device(args.device)
-    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    try:
+        device = pick_device(args.device)
+    except ValueError as error:
+        raise InputError(f"--device: {error}") from None
     path = checkpoint.find(args.checkpoint)
-    model, meta = checkpoint.load_model(path, device, getattr(torch, dtype))
+    model, meta = checkpoint.load_model(path, device, pick_dtype(args.dtype, device))
     if args.checkpoint is None:
         print(f"checkpoint {path}", file=sys.stderr)
     if args.depth is not None and not 1 <= args.depth <= model.config.max_depth:
@@ -116,21 +119,6 @@ def load_model(args):
     if args.memory is None:
         args.memory = meta["config"]["train"]["memory"][-1][1]
     return model, meta, path
-
-
-def pick_device(name):
-    """The torch device of `name`; auto is CUDA where there is one. Raises `InputError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:INDEX")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return device
 
 
 def check(args):

@@ -23,8 +23,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import zstandard
-
 from data import DataError
 
 MAX_DOCUMENT = 10**8  # bytes; a larger one is nearly always a corpus that lost its line breaks
@@ -114,7 +112,7 @@ def read_sources(sources, start, seed):
                     before = position
             except BrokenOff:
                 raise
-            except (OSError, DataError, zstandard.ZstdError) as error:
+            except (OSError, DataError) as error:
                 yield Record(Bad(getattr(error, "strerror", None) or str(error)), s, name, (s, f + 1, 0), 0)
 
 
@@ -165,9 +163,14 @@ def column(row, name):
 
 
 class ZstdFile(io.RawIOBase):
-    """Decompressed bytes of `raw`. The library's own stream reader ends a truncated file without a word."""
+    """Decompressed bytes of `raw`. The library's own stream reader ends a truncated file without a word.
+
+    Reading raises `DataError` where the file is damaged."""
 
     def __init__(self, raw):
+        import zstandard  # here: most sources do not need it, and not every machine that trains has it
+
+        self.library = zstandard
         self.raw, self.frame, self.ready, self.consumed = raw, None, b"", 0
 
     def readable(self):
@@ -185,8 +188,11 @@ class ZstdFile(io.RawIOBase):
             if not chunk:
                 return 0
             if self.frame is None or ended:
-                self.frame = zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
-            self.ready = memoryview(self.frame.decompress(chunk))
+                self.frame = self.library.ZstdDecompressor(max_window_size=2**27).decompressobj()
+            try:
+                self.ready = memoryview(self.frame.decompress(chunk))
+            except self.library.ZstdError as error:
+                raise DataError(f"not a Zstandard file, or a damaged one: {error}") from None
         count = min(len(buffer), len(self.ready))
         buffer[:count], self.ready = self.ready[:count], self.ready[count:]
         return count

@@ -27,7 +27,7 @@ import config
 import data
 import evaluate
 from config import ConfigError
-from model import Memory, ModelConfig, PonderWeight, RecurrentTransformer
+from model import Memory, ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
 
 
 @dataclass
@@ -168,14 +168,17 @@ class Trainer:
         self.cfg, self.t = cfg, cfg.train
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
-        self.device = pick_device(self.t.device, int(os.environ.get("LOCAL_RANK", 0)))
+        try:
+            self.device = pick_device(self.t.device, int(os.environ.get("LOCAL_RANK", 0)))
+        except ValueError as error:
+            raise ConfigError(f"'train.device': {error}") from None
         on_cuda = self.device.type == "cuda"
-        dtype = {"auto": "bfloat16" if on_cuda else "float32"}.get(self.t.dtype, self.t.dtype)
+        dtype = pick_dtype(self.t.dtype, self.device)
         torch.manual_seed(self.t.seed)
         torch.set_float32_matmul_precision("high")
 
         self.prepared = data.Prepared.open(cfg.data.path)
-        self.model = RecurrentTransformer(cfg.model, getattr(torch, dtype)).to(self.device)
+        self.model = RecurrentTransformer(cfg.model, dtype).to(self.device)
         if self.t.compile == "on" or self.t.compile == "auto" and on_cuda:
             self.model.compile()
         self.optimizers = build_optimizers(self.model, cfg.optim)
@@ -580,24 +583,9 @@ class StopSignal:
         return flag.item() > 0
 
 
-def pick_device(name, local_rank):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local_rank)
-        torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"'train.device' = '{name}' cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def peak_tflops(device, dtype):
     """Of the accelerator by its name, or 0 where it is unknown."""
-    if device.type != "cuda" or dtype != "bfloat16":
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return 0
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), 0)

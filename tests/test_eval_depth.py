@@ -11,6 +11,7 @@ import zstandard
 
 import checkpoint
 import data
+import depth_map
 import eval_depth
 import evaluate
 from eval_depth import Document
@@ -246,7 +247,7 @@ def test_html_map_escapes_and_shows_every_token():
     text = "<script>alert('&amp;')</script> 🤖\x1b end"
     tokens = encode(text)
     s = Scores(tokens, np.full(len(tokens), np.log(4), np.float32), np.arange(len(tokens)) % 3 + 1)
-    page = eval_depth.html_map(s, 3, "<b>.txt")
+    page = depth_map.html_map(s, 3, "<b>.txt")
     spans = Spans(page)
     assert "script" not in spans.tags and "b" not in spans.tags
     assert "".join(shown for _, shown in spans.spans) == text.replace("\x1b", "\ufffd")
@@ -259,23 +260,23 @@ def test_html_map_escapes_and_shows_every_token():
 def test_pieces_survive_a_cut_character():
     tokens = encode("a🤖")[:-1]
     s = Scores(tokens, np.ones(len(tokens), np.float32), np.ones(len(tokens), np.int64))
-    found = eval_depth.pieces(s)
+    found = depth_map.pieces(s)
     assert [piece.text for piece in found] == ["a", "\ufffd"]
     assert sum(piece.tokens for piece in found) == len(tokens)
 
 
 def test_layout_wraps_without_overlap():
     words = ["def", " f", "\n", "    ", "x" * 25, " 日本", " it", "'s", " end"]
-    found = [eval_depth.Piece(text, 1, 0.0, 1) for text in words]
-    cells, more = eval_depth.layout(found, columns=10, lines=50)
+    found = [depth_map.Piece(text, 1, 0.0, 1) for text in words]
+    cells, more = depth_map.layout(found, columns=10, lines=50)
     assert not more
     taken = set()
     for text, column, row, _ in cells:
-        place = {(row, column + i) for i in range(eval_depth.cell_width(text))}
-        assert not place & taken and column + eval_depth.cell_width(text) <= 10 + 1
+        place = {(row, column + i) for i in range(depth_map.cell_width(text))}
+        assert not place & taken and column + depth_map.cell_width(text) <= 10 + 1
         taken |= place
     assert "".join(text for text, *_ in cells).replace("↵", "\n") == "".join(words)
-    assert eval_depth.layout(found, 10, 2)[1]
+    assert depth_map.layout(found, 10, 2)[1]
 
 
 def test_map_of_a_text(run_folder, tmp_path, capsys):

@@ -228,8 +228,8 @@ def test_newest_checkpoint_is_found_and_named(run_folder, capsys, monkeypatch, t
         (["--memory", "-1"], "--memory -1"),
         (["--depth", "5"], "--depth 5 is outside 1..4"),
         (["--depth", "0"], "--depth 0 is outside 1..4"),
-        (["--device", "abacus"], "--device abacus"),
-        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "abacus"], "the device 'abacus'"),
+        (["--device", "cuda:99"], "the device 'cuda:99'"),
         (["--checkpoint", "nowhere"], "nowhere: no such folder"),
     ],
 )
