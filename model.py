@@ -473,15 +473,22 @@ class ActState:
 class PonderWeight:
     """The weight lambda of the ponder cost, `cross-entropy + lambda * mean(N + R)`, constant or steered to a depth.
 
-    With a target it is the multiplier of the constraint `mean depth = target` (dual ascent). It may become negative:
-    the weighted mean of states pulls shallow by itself, and a multiplier that could only penalise would not lift it.
+    With a target it is the multiplier of the constraint `mean depth = target` (dual ascent): an integral of the error,
+    plus a share of the error itself, without which depth swings around its target. It may become negative: the weighted
+    mean of states pulls shallow by itself, and a multiplier that could only penalise would not lift it.
     """
 
     def __init__(self, value, target_depth=0.0, rate=1e-4, limit=0.1):
-        self.value, self.target_depth, self.rate, self.limit = value, target_depth, rate, limit
+        self.value = self.integral = value
+        self.target_depth, self.rate, self.limit = target_depth, rate, limit
 
     def update(self, mean_depth):
         """Move after an optimizer step whose tokens took `mean_depth` steps on average."""
         if self.target_depth:
-            moved = self.value + self.rate * (mean_depth - self.target_depth)
-            self.value = min(max(moved, -self.limit), self.limit)
+            error = mean_depth - self.target_depth
+            self.integral = self._clamp(self.integral + self.rate * error)
+            # Depth follows lambda like an integrator: the damping that it needs grows with the root of the rate.
+            self.value = self._clamp(self.integral + 0.5 * self.rate**0.5 * error)
+
+    def _clamp(self, value):
+        return min(max(value, -self.limit), self.limit)

@@ -346,7 +346,7 @@ class Trainer:
             "data_sha256": self.prepared.sha256,
             "data_state": self.data_state,
             "position": self.memories[0].position,
-            "ponder_weight": self.ponder.value,
+            "ponder_weight": [self.ponder.value, self.ponder.integral],
             "bad_steps": [self.bad_steps, self.bad_in_a_row],
             "torch": torch.__version__,
         }
@@ -394,7 +394,7 @@ class Trainer:
         self._load_memories(path, meta["position"])
         self.data_state = meta["data_state"]
         self.streams.load_state(self.data_state)
-        self.step, self.ponder.value = meta["step"], meta["ponder_weight"]
+        self.step, (self.ponder.value, self.ponder.integral) = meta["step"], meta["ponder_weight"]
         self.bad_steps, self.bad_in_a_row = meta["bad_steps"]
         if self.main:
             print(f"going on from {path}, step {self.step} of {self.steps}")

@@ -268,12 +268,14 @@ def test_a_halted_token_costs_nothing_later():
 
 
 def test_the_ponder_weight_steers_depth_both_ways():
-    steered = PonderWeight(0.0, target_depth=4, rate=0.01, limit=0.05)
+    steered = PonderWeight(0.0, target_depth=4, rate=0.01, limit=0.1)
     steered.update(5.0)
-    assert steered.value == pytest.approx(0.01)  # too deep: steps cost more
+    assert steered.value == pytest.approx(0.01 + 0.05)  # too deep: steps cost more, by the integral and the error
+    steered.update(4.0)
+    assert steered.value == pytest.approx(0.01)  # on target: the integral alone is left
     for _ in range(10):
         steered.update(2.0)
-    assert steered.value == -0.05  # too shallow: steps are rewarded, within the limit
+    assert steered.value == -0.1  # too shallow: steps are rewarded, within the limit
     constant = PonderWeight(0.003)
     constant.update(8.0)
     assert constant.value == 0.003
