@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY = passive
 demo: $(VENV)/installed
 	$(BIN)/python prepare_data.py configs/data/demo.toml
 	$(BIN)/python train.py configs/demo.toml
-	$(BIN)/python sample.py --checkpoint runs/demo --max_tokens 120 --temperature 0.7 --seed 1 "ROMEO"
+	$(BIN)/python sample.py --checkpoint runs/demo --max_tokens 100 --temperature 0.7 --seed 1 "Question: What is"
 	$(BIN)/python eval_depth.py --checkpoint runs/demo --tokens 4000
 
 test: $(VENV)/installed-dev

@@ -320,7 +320,6 @@ def run(args):
     N, segment = model.config.max_depth, meta["config"]["train"]["segment"]
 
     def score(documents, label, depth=args.depth):
-        label = label if sys.stderr.isatty() else None
         tokens = [document.tokens for document in documents]
         return evaluate.score(model, tokens, args.memory, segment, args.rows, depth, label)
 

@@ -44,7 +44,8 @@ def score(model, documents, memory, segment=512, rows=16, depth=None, progress=N
 
     state = model.new_memory(rows, memory)
     nll, taken = np.empty((rows, length), np.float32), np.empty((rows, length), np.int64)
-    for start in tqdm(range(0, length, segment), desc=progress, disable=progress is None, unit="segment", leave=False):
+    hidden = None if progress else True  # None: shown on a terminal only
+    for start in tqdm(range(0, length, segment), desc=progress, disable=hidden, unit="segment", leave=False):
         tokens = torch.from_numpy(packed[:, start : start + segment + 1])
         out = model(tokens[:, :-1], tokens[:, 1:], state, depth)
         state = out.memory

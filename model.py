@@ -478,7 +478,7 @@ class PonderWeight:
     mean of states pulls shallow by itself, and a multiplier that could only penalise would not lift it.
     """
 
-    def __init__(self, value, target_depth=0.0, rate=1e-4, limit=0.1):
+    def __init__(self, value, target_depth=0.0, rate=1e-4, limit=1.0):
         self.value = self.integral = value
         self.target_depth, self.rate, self.limit = target_depth, rate, limit
 

@@ -59,7 +59,7 @@ class TrainConfig:
     wandb: str = ""  # a Weights & Biases project to log to; empty: none
 
     def __post_init__(self):
-        for name in ("tokens", "batch_size", "segment", "checkpoint_interval", "keep", "log_interval"):
+        for name in ("tokens", "batch_size", "segment", "checkpoint_interval", "keep", "log_interval", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
         if self.tokens < self.batch_size * self.segment:
@@ -87,6 +87,8 @@ class OptimConfig:
     final: float = 0.05  # of the rate
 
     def __post_init__(self):
+        if min(self.lr, self.adamw_lr, self.grad_clip) <= 0:
+            raise ValueError("'lr', 'adamw_lr' and 'grad_clip' must be above 0")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise ValueError(f"'warmup' {self.warmup} and 'decay' {self.decay} must add up to at most 1")
 
@@ -97,6 +99,10 @@ class EvalConfig:
     tokens: int = 32768  # of every domain's held-out text
     rows: int = 16
     depths: list[int] = field(default_factory=list)  # forced depths to report beside the model's own
+
+    def __post_init__(self):
+        if min(self.interval, self.tokens - 1, self.rows) < 1:
+            raise ValueError("'interval' and 'rows' must be at least 1, 'tokens' at least 2")
 
 
 @dataclass
@@ -142,6 +148,9 @@ def memory_length(progress, curriculum):
     return [length for start, length in curriculum if start <= progress][-1]
 
 
+BLOCKS = ("prelude", "recur", "coda")  # the parts of the model whose matrices Muon trains
+
+
 def build_optimizers(model, optim):
     """Muon over the matrices of the blocks and AdamW over all else, as {name: optimizer}."""
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and name.split(".")[0] in BLOCKS}
@@ -156,9 +165,6 @@ def build_optimizers(model, optim):
             fused=model.embedding.weight.is_cuda,
         ),
     }  # fmt: skip
-
-
-BLOCKS = ("prelude", "recur", "coda")
 
 
 class Trainer:
@@ -550,10 +556,17 @@ class Log:
         return [line for line in self.lines if line["event"] == "validation"]
 
     def write(self, event, step, values):
-        self.lines.append({"event": event, "step": step} | values)
+        self.lines.append({"event": event, "step": step} | _finite(values))
         self.file.write(json.dumps(self.lines[-1]) + "\n")
         if self.wandb:
             self.wandb.log({event: values}, step=step)
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: a bad step logs null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole_lines(file):
@@ -608,9 +621,14 @@ def main():
         if distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return Trainer(cfg).run()
-    except (ConfigError, data.DataError, checkpoint.CheckpointError) as error:
+    except (ConfigError, data.DataError, checkpoint.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error}\nLower train.micro_batch, then train.memory and train.batch_size", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # the second one: the first asks for a checkpoint
+        return 130
     finally:
         if distributed and dist.is_initialized():
             dist.destroy_process_group()

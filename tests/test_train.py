@@ -189,8 +189,7 @@ def test_a_kill_between_saving_and_evaluating_loses_no_evaluation(workplace, ref
         report(self, log)
 
     monkeypatch.setattr(train.Trainer, "report", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch)
+    assert run(monkeypatch) == 130
     monkeypatch.setattr(train.Trainer, "report", report)
     assert run(monkeypatch) == 0
     assert_same_run(workplace, reference)
@@ -290,6 +289,7 @@ def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(workplace, monkeyp
     assert run(monkeypatch, "--train.max_bad_steps=3") == 0
     lines = [line for line in curve(workplace) if line["event"] == "train"]
     assert [line["bad_steps"] for line in lines] == [0] * 3 + [1] + [2] * 8
+    assert [line["loss"] is None for line in lines] == [step in (4, 5) for step in range(1, STEPS + 1)]
     assert all(line["loss"] < 20 for line in lines[5:])  # neither weights nor memory are spoiled
 
 
@@ -356,6 +356,8 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ("--train.target_depth=9", "must lie in 1..3"),
         ("--model.halting=fixed", "cannot be steered"),
         ("--eval.depths=[4]", "depths are 1..3"),
+        ("--eval.tokens=1", "'tokens' at least 2"),
+        ("--optim.lr=0", "must be above 0"),
         ("--train.device=cuda:77", "cannot be used"),
         ("--data.path=nowhere", "nowhere: not prepared yet"),
         ("--data.weights.poems=1", "no domain 'poems'"),
