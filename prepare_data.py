@@ -46,7 +46,7 @@ from data import EOT, MANIFEST_VERSION, RANKS_SHA256, DataError, load_tokenizer
 from sources import Bad, Record, Source, list_files, read_sources
 
 BATCH = 2**18  # characters a thread encodes at a time: large enough to hide the hand-over, small enough to balance
-WINDOW = 2**23  # characters read ahead of the shard being written: half a second of work for the threads
+WINDOW = 2**20 * os.cpu_count()  # characters read ahead of the shard being written: four batches a thread
 MAX_SKIPPED = 1000  # skipped records listed one by one in the manifest; further ones are only counted
 
 
