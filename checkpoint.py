@@ -1,9 +1,9 @@
 """Checkpoints: folders of safetensors and JSON that are either whole or not there.
 
     runs/demo/checkpoints/step_00000300/
-        meta.json                 step, configuration, data position, random state, last evaluation
+        meta.json                 step, configuration, data position, ponder weight
         model.safetensors         float32 weights, named as in the un-compiled module
-        optimizer.safetensors     one tensor a parameter and buffer: 'recur.0.up.weight/momentum_buffer'
+        optimizer.safetensors     one tensor a parameter and buffer: 'recur.0.up.weight/momentum_buffer'; random state
         memory_0.safetensors      Transformer-XL memory of the rows of rank 0
         SHA256SUMS                of all of them; `sha256sum -c` reads it
     runs/demo/checkpoints/best -> step_00000200
@@ -41,8 +41,11 @@ def begin(folder, step):
 
 
 def write_tensors(path, name, tensors):
-    """Write `{name: tensor}` as NAME.safetensors into an unfinished checkpoint."""
-    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path / f"{name}.safetensors")
+    """Write `{name: tensor}` as NAME.safetensors into an unfinished checkpoint. Raises `CheckpointError`."""
+    try:
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path / f"{name}.safetensors")
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error}); the checkpoint before it is whole") from None
 
 
 def finish(path, meta):

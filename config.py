@@ -141,5 +141,7 @@ def _convert(value, kind, where, key):
 def _name(kind):
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if dataclasses.is_dataclass(kind):
+        return "a section"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return names.get(kind, str(getattr(kind, "__name__", kind) if typing.get_origin(kind) is None else kind))

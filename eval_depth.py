@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import checkpoint
 import data
@@ -57,7 +58,13 @@ def read_topics(path, limit):
         prepared = data.Prepared.open(path)
         for name in prepared.domains:
             parts = evaluate.split_documents(prepared.tokens("val", name, limit))
-            topics[name] = [Document(part, name in ("code", "python")) for part in parts if len(part) > 1]
+            documents = [Document(part, name in ("code", "python")) for part in parts if len(part) > 1]
+            if documents:
+                topics[name] = documents
+            else:
+                print(f"{path}: the domain '{name}' has no held-out text; left out", file=sys.stderr)
+        if not topics:
+            raise InputError(f"{path}: no held-out text at all; prepare it with a larger val_fraction")
     elif not path.exists():
         raise InputError(f"{path}: no such file or folder; name a folder of texts, or one made by prepare_data.py")
     else:
@@ -299,6 +306,8 @@ def check(args):
     if args.text and not args.text.is_file():
         raise InputError(f"--text {args.text}: no such file; name one text file")
     for file in filter(None, (args.json, args.markdown, args.map)):
+        if file.is_dir():
+            raise InputError(f"{file} is a folder; name a file")
         if not file.parent.is_dir():
             raise InputError(f"{file}: the folder {file.parent} does not exist; make it first")
 
@@ -321,7 +330,8 @@ def run(args):
 
     def score(documents, label, depth=args.depth):
         tokens = [document.tokens for document in documents]
-        return evaluate.score(model, tokens, args.memory, segment, args.rows, depth, label)
+        memory = min(args.memory, max(map(len, tokens)))  # more would never be filled
+        return evaluate.score(model, tokens, memory, segment, args.rows, depth, label)
 
     if args.text:  # read before the long work, like everything that can be wrong
         (documents,) = read_topics(args.text, args.tokens).values()
@@ -372,9 +382,14 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")
     try:
         return run(args)
-    except (InputError, data.DataError, checkpoint.CheckpointError) as error:
+    except (InputError, data.DataError, checkpoint.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error}\nLower --rows or --memory", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class ModelConfig:
     share: bool = True  # false: N x R own blocks, a stacked transformer
     halting: Literal["fixed", "act"] = "act"
     halting_eps: float = 0.01  # a token halts when its halting probabilities sum to 1 - eps
-    halting_bias: float = -3.0  # sigmoid(-3) = 0.05: start deep, learn to stop (a shallow start never deepens)
+    halting_bias: float = -3.0  # sigmoid(-3) = 0.05: start deep, learn to stop
     injection: Literal["none", "gain", "concat_linear"] = "gain"
     step_gains: bool = True  # own gains on the branches at every step, 4 x D per block and step
     memory: Literal["per_step", "last_step"] = "per_step"  # last_step: one K/V slot for all steps, N times smaller
@@ -121,6 +121,8 @@ def pick_device(name="auto", local_rank=0):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are known here")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
         torch.zeros(1, device=device)
@@ -281,6 +283,7 @@ class RecurrentTransformer(nn.Module):
     def compile(self):
         """Compile one recurrence step and the loss, not the loop: one graph serves every step and depth."""
         torch._dynamo.config.recompile_limit = 64  # a graph for each memory length, batch, training and evaluation
+        torch._dynamo.config.optimize_ddp = False  # it would cut these small graphs at the buckets of DDP
         self.step = torch.compile(self.step, dynamic=False)
         self.run_block = torch.compile(self.run_block, dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
@@ -297,8 +300,7 @@ class RecurrentTransformer(nn.Module):
             raise ValueError(f"depth must lie in 1..{N}, not {depth}")
         steps, adaptive = depth or N, self.halting is not None and depth is None
         device = self.embedding.weight.device
-        varlen = device.type == "cuda" and self.compute_dtype != torch.float32
-        spans = Spans(tokens.cpu(), memory, self.config, device, varlen)
+        spans = Spans(tokens.cpu(), memory, self.config, device, self._flash(device))
         tokens = tokens.to(device, non_blocking=True)
         h = norm(self.embedding(tokens).to(self.compute_dtype))
         rope = self._rope(tokens.shape[1], memory)
@@ -348,6 +350,17 @@ class RecurrentTransformer(nn.Module):
         stacked = None if state is None else torch.stack(weights)
         memory = self._remember(memory, written, spans) if memory else None
         return Output(logits, nll, taken, ponder, stacked, spans.context, memory)
+
+    def _flash(self, device):
+        """Whether FlashAttention can run: half precision, Ampere or newer, a head size that it has."""
+        d = self.config.width // self.config.heads
+        return (
+            device.type == "cuda"
+            and self.compute_dtype != torch.float32
+            and torch.cuda.get_device_capability(device) >= (8, 0)
+            and d % 8 == 0
+            and d <= 256
+        )
 
     def run_block(self, block, x, rope, spans, past):
         return block(x, None, rope, spans, past)

@@ -117,7 +117,7 @@ def load_model(args):
     if args.depth is not None and not 1 <= args.depth <= model.config.max_depth:
         raise InputError(f"--depth {args.depth} is outside 1..{model.config.max_depth}, the depths of this model")
     if args.memory is None:
-        args.memory = meta["config"]["train"]["memory"][-1][1]
+        args.memory = meta["memory"]
     return model, meta, path
 
 

@@ -57,6 +57,8 @@ class Source:
             raise ValueError(f"generated must be one of {', '.join(GENERATORS)}, not {self.generated!r}")
         if self.mapping and not re.fullmatch(r"[\w.]+:\w+", self.mapping):
             raise ValueError(f"mapping must look like 'module:attribute', not {self.mapping!r}")
+        if any(not pattern or pattern.startswith(("/", "~")) for pattern in self.glob):
+            raise ValueError(f"glob must hold patterns relative to the package, not {self.glob}")
         try:
             re.compile(self.cut)
         except re.error as error:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -62,6 +63,9 @@ class TrainConfig:
         for name in ("tokens", "batch_size", "segment", "checkpoint_interval", "keep", "log_interval", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
+        for name in ("micro_batch", "seed", "ponder_rate", "peak_tflops"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"'{name}' must not be negative, as {getattr(self, name)} is")
         if self.tokens < self.batch_size * self.segment:
             raise ValueError(f"'tokens' = {self.tokens} is less than one step of batch_size x segment tokens")
         starts = [start for start, _ in self.memory]
@@ -87,8 +91,10 @@ class OptimConfig:
     final: float = 0.05  # of the rate
 
     def __post_init__(self):
-        if min(self.lr, self.adamw_lr, self.grad_clip) <= 0:
-            raise ValueError("'lr', 'adamw_lr' and 'grad_clip' must be above 0")
+        if not (0 < self.lr <= 1 and 0 < self.adamw_lr <= 1 and self.grad_clip > 0):
+            raise ValueError("'lr' and 'adamw_lr' must be above 0 and at most 1, 'grad_clip' must be above 0")
+        if not all(0 <= x < 1 for x in (self.momentum, *self.betas)) or min(self.weight_decay, self.final) < 0:
+            raise ValueError("'momentum' and 'betas' must lie in [0, 1); 'weight_decay' and 'final' must be at least 0")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise ValueError(f"'warmup' {self.warmup} and 'decay' {self.decay} must add up to at most 1")
 
@@ -126,7 +132,7 @@ class Config:
 
 # Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendor's data sheets; the first match counts.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362,
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
     "RTX PRO 6000 Blackwell Max-Q": 438.9, "RTX PRO 6000 Blackwell": 503.8, "RTX 6000 Ada": 364,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "A10": 125, "L4": 121,
 }  # fmt: skip
@@ -352,6 +358,7 @@ class Trainer:
             "data_sha256": self.prepared.sha256,
             "data_state": self.data_state,
             "position": self.memories[0].position,
+            "memory": self.memories[0].length,
             "ponder_weight": [self.ponder.value, self.ponder.integral],
             "bad_steps": [self.bad_steps, self.bad_in_a_row],
             "torch": torch.__version__,
@@ -527,8 +534,9 @@ class Trainer:
 
     def conclude(self, log):
         if evaluations := log.evaluations():
-            first, last = (evaluations[i]["macro"]["bits_per_byte"] for i in (0, -1))
-            print(f"validation bits per byte: {first:.3f} untrained, {last:.3f} trained")
+            first, last = evaluations[0], evaluations[-1]["macro"]["bits_per_byte"]
+            start = "untrained" if first["step"] == 0 else f"at step {first['step']}"
+            print(f"validation bits per byte: {first['macro']['bits_per_byte']:.3f} {start}, {last:.3f} trained")
         newest = checkpoint.steps(self.folder)[-1]
         print(f"finished at step {self.step}: {newest}\nmetrics: {self.metrics_file}")
 
@@ -538,7 +546,10 @@ class Log:
     are about to be written again."""
 
     def __init__(self, file, step, project, cfg):
-        lines = [json.loads(line) for line in _whole_lines(file)]
+        try:
+            lines = [json.loads(line) for line in _whole_lines(file)]
+        except ValueError as error:
+            raise ConfigError(f"{file}: damaged ({error}); move it away, and a new one is begun") from None
         self.lines = [line for line in lines if line["step"] <= step] if step else []
         rewritten = file.with_suffix(".unfinished")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
@@ -550,10 +561,13 @@ class Log:
                 import wandb
             except ImportError:
                 raise ConfigError("'train.wandb' is set but wandb is not installed: pip install wandb") from None
-            self.wandb = wandb.init(project=project, name=Path(cfg.out).name, config=dataclasses.asdict(cfg))
+            name = Path(cfg.out).name  # also the id: a resumed run goes on in the same place
+            self.wandb = wandb.init(
+                project=project, name=name, id=name, resume="allow", config=dataclasses.asdict(cfg)
+            )
 
     def evaluations(self):
-        return [line for line in self.lines if line["event"] == "validation"]
+        return [line for line in self.lines if line["event"] == "validation" and line["macro"]["nats"] is not None]
 
     def write(self, event, step, values):
         self.lines.append({"event": event, "step": step} | _finite(values))
@@ -601,7 +615,7 @@ def peak_tflops(device, dtype):
     if device.type != "cuda" or dtype != torch.bfloat16:
         return 0
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), 0)
+    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), 0)
 
 
 def main():

@@ -88,7 +88,7 @@ def write_run(tiny_model):
         config = {"model": asdict(model.config), "train": train, "data": {"path": str(folder / "prepared")}}
         path = checkpoint.begin(folder / "checkpoints", 7)
         checkpoint.write_tensors(path, "model", model.state_dict())
-        checkpoint.finish(path, {"step": 7, "config": config})
+        checkpoint.finish(path, {"memory": 32, "step": 7, "config": config})
         return folder
 
     return write

@@ -110,7 +110,7 @@ def test_json_reads_back_as_the_same():
         ("[optim]\nschedule = 'cosin'", "must be one of 'linear', 'cosine', not 'cosin' (did you mean 'cosine'?)"),
         ("memory = [[0, 1], [1, 0.5]]", "'memory[1][1]' must be a whole number, not 0.5"),
         ("memory = 3", "'memory' must be list[tuple[float, int]], not 3"),
-        ("optim = 3", "'optim' must be Optim, not 3"),
+        ("optim = 3", "'optim' must be a section, not 3"),
         ("weights = {code = 'x'}", "'weights.code' must be a number, not 'x'"),
         ("sources = [{files = 'a', limit = 'x'}]", "'sources[0].limit' must be int | None, not 'x'"),
     ],

@@ -176,6 +176,7 @@ def test_a_stop_signal_saves_and_exits_with_zero(workplace, reference, monkeypat
     assert run(monkeypatch) == 0
     assert "saved" in capsys.readouterr().out
     assert checkpoint.find("run").name == "step_00000005"
+    assert checkpoint.load_model("run")[1]["memory"] == 16  # what sample.py takes: not yet the curriculum's last
     assert run(monkeypatch) == 0
     assert_same_run(workplace, reference)
 
@@ -301,6 +302,26 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(workp
     assert [path.name for path in checkpoint.steps(workplace / "run/checkpoints")] == ["step_00000003"]
 
 
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(workplace, monkeypatch, capsys):
+    def full(tensors, file):
+        raise checkpoint.safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert run(monkeypatch) == 2
+    assert "No space left on device); the checkpoint before it is whole" in capsys.readouterr().err
+    assert checkpoint.steps(workplace / "run/checkpoints") == []
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [("NVIDIA H200", 989), ("NVIDIA L40S", 362), ("NVIDIA A10G", 0), ("NVIDIA RTX A1000", 0), ("Unknown", 0)],
+)
+def test_an_unknown_gpu_has_no_peak(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert train.peak_tflops(torch.device("cuda"), torch.bfloat16) == peak
+    assert train.peak_tflops(torch.device("cuda"), torch.float32) == 0
+
+
 def test_learning_rate_and_memory_schedules():
     optim = train.OptimConfig(warmup=0.1, decay=0.5, final=0.2)
     rates = [train.learning_rate(x, optim) for x in (0.05, 0.1, 0.5, 0.75, 1.0)]
@@ -358,6 +379,9 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ("--eval.depths=[4]", "depths are 1..3"),
         ("--eval.tokens=1", "'tokens' at least 2"),
         ("--optim.lr=0", "must be above 0"),
+        ("--optim.betas=[2, 3]", "must lie in [0, 1)"),
+        ("--train.seed=-1", "'seed' must not be negative"),
+        ("--model=3", "'model' must be a section"),
         ("--train.device=cuda:77", "cannot be used"),
         ("--data.path=nowhere", "nowhere: not prepared yet"),
         ("--data.weights.poems=1", "no domain 'poems'"),
