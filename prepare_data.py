@@ -527,10 +527,10 @@ def main(arguments=None):
         print("\nstopped; the same command continues where this run was", file=sys.stderr)
         return 130
     except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, sqlite3.Error) as error:
-        print(explain(error), file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 
