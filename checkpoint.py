@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 import data
-from model import ModelConfig, RecurrentTransformer
+from model import Memory, ModelConfig, RecurrentTransformer
 
 
 class CheckpointError(RuntimeError):
@@ -152,6 +152,49 @@ def load_model(where=None, device="cpu", compute_dtype=torch.float32):
     if model.config.vocab_size != data.VOCAB_SIZE:
         raise CheckpointError(f"{path}: its vocabulary of {model.config.vocab_size} is not the bundled tokenizer's")
     return model.to(device).eval(), meta
+
+
+def optimizer_tensors(model, optimizers):
+    """The state of `{name: optimizer}` as {'parameter/buffer': tensor}."""
+    names = {p: name for name, p in model.named_parameters()}
+    states = [item for optimizer in optimizers.values() for item in optimizer.state.items()]
+    return {f"{names[p]}/{key}": torch.as_tensor(x) for p, buffers in states for key, x in buffers.items()}
+
+
+def load_optimizers(model, optimizers, tensors):
+    """Give `optimizer_tensors` back to the optimizers of the same model."""
+    parameters = dict(model.named_parameters())
+    for optimizer in optimizers.values():
+        own = {p for group in optimizer.param_groups for p in group["params"]}
+        for key, value in tensors.items():
+            name, _, buffer = key.rpartition("/")
+            if parameters.get(name) in own:
+                # AdamW counts its steps on the host unless it is fused
+                on_device = buffer != "step" or optimizer.param_groups[0].get("fused")
+                p = parameters[name]
+                optimizer.state[p][buffer] = value.to(p.device if on_device else "cpu")
+
+
+def memory_tensors(memories):
+    """The rows of one process, from the `Memory` of each of its micro-batches, as named tensors."""
+    named = {"live": torch.cat([m.live for m in memories])}
+    for kind in ("keys", "values"):
+        slots = zip(*(getattr(m, kind) for m in memories))
+        named |= {f"{kind}.{i}": torch.cat(parts) for i, parts in enumerate(slots)}
+    return named
+
+
+def read_memories(path, position, rows, micro, device):
+    """A `Memory` for every `micro` of the global `rows` (a slice), however many processes wrote them."""
+    files = sorted(path.glob("memory_*.safetensors"), key=lambda file: int(file.stem.split("_")[1]))
+    parts = [read_tensors(path, file.stem) for file in files]
+    memories = []
+    for first in range(rows.start, rows.stop, micro):
+        own = {key: torch.cat([part[key] for part in parts])[first : first + micro] for key in parts[0]}
+        slots = range((len(own) - 1) // 2)
+        keys, values = ([own[f"{kind}.{i}"].to(device) for i in slots] for kind in ("keys", "values"))
+        memories.append(Memory(keys, values, own["live"], position))
+    return memories
 
 
 def _sha256(file):

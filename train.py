@@ -28,7 +28,7 @@ import config
 import data
 import evaluate
 from config import ConfigError
-from model import Memory, ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
+from model import ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
 
 
 @dataclass
@@ -333,20 +333,13 @@ class Trainer:
         if self.world > 1:
             dist.barrier()
             path = self.folder / f"step_{self.step:08d}.unfinished"
-        slots = range(len(self.memories[0].keys))
-        joined = {f"keys.{i}": torch.cat([m.keys[i] for m in self.memories]) for i in slots}
-        joined |= {f"values.{i}": torch.cat([m.values[i] for m in self.memories]) for i in slots}
-        joined["live"] = torch.cat([m.live for m in self.memories])
-        checkpoint.write_tensors(path, f"memory_{self.rank}", joined)
+        checkpoint.write_tensors(path, f"memory_{self.rank}", checkpoint.memory_tensors(self.memories))
         if self.world > 1:
             dist.barrier()
         if not self.main:
             return None
         checkpoint.write_tensors(path, "model", self.model.state_dict())
-        state = {}
-        for optimizer in self.optimizers.values():
-            for p, buffers in optimizer.state.items():
-                state |= {f"{self._names()[p]}/{key}": torch.as_tensor(value) for key, value in buffers.items()}
+        state = checkpoint.optimizer_tensors(self.model, self.optimizers)
         state["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["random/cuda"] = torch.cuda.get_rng_state(self.device)
@@ -395,16 +388,8 @@ class Trainer:
         torch.set_rng_state(state.pop("random/cpu"))
         if "random/cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state.pop("random/cuda"), self.device)
-        parameters = {name: p for p, name in self._names().items()}
-        for optimizer in self.optimizers.values():
-            own = {p for group in optimizer.param_groups for p in group["params"]}
-            for key, value in state.items():
-                name, _, buffer = key.rpartition("/")
-                if parameters.get(name) in own:
-                    # AdamW counts its steps on the host unless it is fused
-                    on_device = buffer != "step" or value.is_cuda or optimizer.param_groups[0].get("fused")
-                    optimizer.state[parameters[name]][buffer] = value.to(self.device if on_device else "cpu")
-        self._load_memories(path, meta["position"])
+        checkpoint.load_optimizers(self.model, self.optimizers, state)
+        self.memories = checkpoint.read_memories(path, meta["position"], self.rows, self.micro, self.device)
         self.data_state = meta["data_state"]
         self.streams.load_state(self.data_state)
         self.step, (self.ponder.value, self.ponder.integral) = meta["step"], meta["ponder_weight"]
@@ -413,22 +398,6 @@ class Trainer:
             print(f"going on from {path}, step {self.step} of {self.steps}")
             for line in config.differences(old, new):
                 print(f"  changed since: {line}")
-
-    def _load_memories(self, path, position):
-        """Every process reads the rows that are its own now, whatever the number of processes was then."""
-        files = sorted(path.glob("memory_*.safetensors"), key=lambda file: int(file.stem.split("_")[1]))
-        parts = [checkpoint.read_tensors(path, file.stem) for file in files]
-        memories = []
-        for i in range(len(self.memories)):
-            first = self.rows.start + i * self.micro
-            own = {key: torch.cat([part[key] for part in parts])[first : first + self.micro] for key in parts[0]}
-            slots = range((len(own) - 1) // 2)
-            keys, values = ([own[f"{kind}.{n}"].to(self.device) for n in slots] for kind in ("keys", "values"))
-            memories.append(Memory(keys, values, own["live"], position))
-        self.memories = memories
-
-    def _names(self):
-        return {p: name for name, p in self.model.named_parameters()}
 
     # ---------------------------------------------------------------------------------------------- the run
 
