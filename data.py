@@ -107,7 +107,7 @@ class Prepared:
         return [np.memmap(self.path / shard["file"], dtype="<u2", mode="r") for shard in entries]
 
     def tokens(self, split, domain, limit):
-        """The first `limit` tokens of one domain, (n,) int64: whole documents one after another."""
+        """The first `limit` tokens of one domain, (n,) int64: documents in a row, the last one perhaps cut."""
         parts = []
         for shard in self.shards(split, domain):
             parts.append(shard[: limit - sum(map(len, parts))].astype(np.int64))
