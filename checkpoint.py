@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import config
 import data
-from model import Memory, ModelConfig, RecurrentTransformer
+from memory import Memory, Ring
+from model import ModelConfig, RecurrentTransformer
 
 
 class CheckpointError(RuntimeError):
@@ -178,8 +179,9 @@ def load_optimizers(model, optimizers, tensors):
 def memory_tensors(memories):
     """The rows of one process, from the `Memory` of each of its micro-batches, as named tensors."""
     named = {"live": torch.cat([m.live for m in memories])}
+    rings = [m.settle().ring for m in memories]
     for kind in ("keys", "values"):
-        slots = zip(*(getattr(m, kind) for m in memories))
+        slots = zip(*(getattr(ring, kind) for ring in rings))
         named |= {f"{kind}.{i}": torch.cat(parts) for i, parts in enumerate(slots)}
     return named
 
@@ -193,7 +195,7 @@ def read_memories(path, position, rows, micro, device):
         own = {key: torch.cat([part[key] for part in parts])[first : first + micro] for key in parts[0]}
         slots = range((len(own) - 1) // 2)
         keys, values = ([own[f"{kind}.{i}"].to(device) for i in slots] for kind in ("keys", "values"))
-        memories.append(Memory(keys, values, own["live"], position))
+        memories.append(Memory(Ring(keys, values, position), own["live"], position))
     return memories
 
 

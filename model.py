@@ -11,22 +11,27 @@
 A token that has halted is frozen: at later steps the others see the keys and values of its last active step. So the
 same logits come out of dense training, of scoring only the active tokens, and of decoding one token at a time.
 
-Transformer-XL memory (Dai et al. 2019, arXiv 1901.02860) and decoding cache are one thing: `Memory` holds the keys and
-values of the tokens before this segment, without gradient. Attention never crosses a document boundary.
+Transformer-XL memory and decoding cache are one thing, memory.py's `Memory`: keys and values of the tokens before this
+segment, without gradient. Attention never crosses a document boundary.
 
 Shapes: B batch, T segment length, M memory length, N maximum depth, D width, H heads, d = D / H, V vocabulary.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
+import attention
 import data
+import fp8
+from memory import Memory, Spans
 
 
 @dataclass
@@ -72,41 +77,15 @@ class ModelConfig:
 
 
 @dataclass
-class Memory:
-    """Keys and values of the last M tokens of every row, one entry a slot, rotated at their absolute position.
-
-    keys, values: lists of (B, M, H, d). live: (B,) int64 on the host, how many of the last entries the next token may
-    see: those of the document it continues. position: how many tokens each row has read.
-    """
-
-    keys: list
-    values: list
-    live: torch.Tensor
-    position: int = 0
-
-    @property
-    def length(self):
-        return self.keys[0].shape[1]
-
-    def resized(self, length):
-        """The same memory holding `length` tokens: the oldest are dropped, or room is made before them."""
-        room = length - self.length
-        if room > 0:
-            resize = lambda x: F.pad(x, (0, 0, 0, 0, room, 0))  # noqa: E731
-        else:
-            resize = lambda x: x[:, -room:].clone()  # noqa: E731
-        keys, values = [resize(k) for k in self.keys], [resize(v) for v in self.values]
-        return Memory(keys, values, self.live.clamp(max=length), self.position)
-
-
-@dataclass
 class Output:
-    """Of one segment. logits: (B, T, padded V), or None where `targets` were given; nll: (B, T) float32 nats, or None;
+    """Of one segment. logits: (B, T, padded V), or None where `targets` were given; then loss: the weighted sum of nll,
+    to differentiate, and nll: (B, T) float32 nats, to report;
     depth: (B, T) int64 steps used, Graves' N(t); ponder: (B, T) float32, N(t) + R(t); weights: (steps, B, T) of the
     states in the output, or None where halting is fixed; context: mean number of visible keys;
     memory: for the next segment, or None."""
 
     logits: torch.Tensor | None
+    loss: torch.Tensor | None
     nll: torch.Tensor | None
     depth: torch.Tensor
     ponder: torch.Tensor
@@ -134,71 +113,18 @@ def pick_device(name="auto", local_rank=0):
 
 
 def pick_dtype(name, device):
-    """The torch dtype of the activations; auto: bfloat16 on CUDA, float32 elsewhere."""
-    return getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name))
+    """The torch dtype of the activations; auto and fp8: bfloat16 on CUDA, float32 elsewhere."""
+    native = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, native if name in ("auto", "fp8") else name)
 
 
 def norm(x):
     return F.rms_norm(x, (x.shape[-1],))
 
 
-class Linear(nn.Linear):
-    """A linear layer without bias that computes in the dtype of its input; the float32 weight is the master copy."""
-
-    def __init__(self, fan_in, fan_out):
-        super().__init__(fan_in, fan_out, bias=False)
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class Spans:
-    """Which keys each query sees: of [memory, segment] the interval from the start of its document up to itself.
-
-    On CUDA in half precision attention runs FlashAttention over the documents as ragged sequences (`varlen`); elsewhere
-    it is masked dense attention. All of this is worked out on the host, so that the device never waits for it.
-    """
-
-    def __init__(self, tokens, memory, config, device, varlen):
-        B, T = tokens.shape
-        M = memory.length if memory else 0
-        live = memory.live if memory else torch.zeros(B, dtype=torch.int64)
-        index = torch.arange(T)
-        starts = torch.where((tokens == config.document_start) & (not config.cross_documents), index, -1)
-        start = starts.cummax(1).values  # of the query's document, or -1 where it began before this segment
-        first = torch.where(start >= 0, M + start, M - live[:, None])  # (B, T), the first visible key of every query
-        self.context = (M + index - first + 1).float().mean().item()
-        self.live = torch.where(start[:, -1] >= 0, T - start[:, -1], live + T)
-        self.mask = self.cu_q = self.cu_k = None
-        if varlen:
-            cumulative = self._sequences(starts, first, B, T, M).pin_memory().to(device, non_blocking=True)
-            self.cu_q, self.cu_k = cumulative.unbind()
-            for lengths in (self.cu_q, self.cu_k):  # their number changes with every segment; the graph must not
-                torch._dynamo.maybe_mark_dynamic(lengths, 0)
-        else:
-            key = torch.arange(M + T)
-            mask = (key >= first[..., None]) & (key <= M + index[:, None])
-            self.mask = mask[:, None].to(device)  # (B, 1, T, M + T)
-
-    @staticmethod
-    def _sequences(starts, first, B, T, M):
-        """Cumulative lengths of the sequences in queries and in keys, (2, sequences + 1) int32. Each row is: its dead
-        memory (no queries), the document that goes on from the live memory, the documents that start in the segment."""
-        row, column = (starts > 0).nonzero(as_tuple=True)
-        rows = torch.arange(B)
-        q = torch.cat([rows * T, rows * T, row * T + column, torch.tensor([B * T])])
-        k = torch.cat([rows, rows, row, torch.tensor([B])]) * (M + T)
-        k += torch.cat([0 * rows, first[:, 0], M + column, torch.tensor([0])])
-        return torch.stack([q.sort().values, k.sort().values]).int()
-
-    def attend(self, q, k, v):
-        """Attention of q (B, T, H, d) over k and v (B, M + T, H, d)."""
-        if self.mask is not None:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
-        T, S = q.shape[1], k.shape[1]
-        out = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), self.cu_q, self.cu_k, T, S, window_size=(-1, 0))
-        return out.view_as(q)
+def Linear(fan_in, fan_out):
+    """A linear layer without bias: a float32 master weight. It is `fp8.Weight` that GEMMs multiply with."""
+    return nn.Linear(fan_in, fan_out, bias=False)
 
 
 class Block(nn.Module):
@@ -210,20 +136,31 @@ class Block(nn.Module):
         self.heads = config.heads
         self.query, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
         self.gate, self.up, self.down = Linear(D, F), Linear(D, F), Linear(F, D)
+        # Layers with the same input are one GEMM.
+        self.w_qkv = fp8.Weight(self.query.weight, self.key.weight, self.value.weight)
+        self.w_output = fp8.Weight(self.output.weight)
+        self.w_gate_up = fp8.Weight(self.gate.weight, self.up.weight)
+        self.w_down = fp8.Weight(self.down.weight)
 
-    def forward(self, x, gains, rope, spans, past, frozen=None, active=None):
-        """x: (B, T, D). gains: (4, D), or None. past: the memory's (keys, values), or None. frozen: this segment's
-        (keys, values) at the step before, kept where `active` (B, T) is false. Returns x and the (keys, values)."""
+    def prepare(self, dtype, gemms):
+        for weight in (self.w_qkv, self.w_output, self.w_gate_up, self.w_down):
+            weight.prepare(dtype, gemms)
+
+    def forward(self, x, gains, rope, spans, past, gemms=(), recompute=False, frozen=None, active=None):
+        """x: (B, T, D). gains: (4, D), or None. past: the memory's (keys, values), or None. gemms: (which are in FP8,
+        scales of this use of the block). recompute: gate and up of the SwiGLU, in the backward pass. frozen: this
+        segment's (keys, values) at the step before, kept where `active` (B, T) is false. Returns x and the (keys,
+        values)."""
         attn_in, attn_out, mlp_in, mlp_out = (1, 1, 1, 1) if gains is None else gains.to(x.dtype)
-        y = norm(x) * attn_in
-        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        qkv = fp8.linear(norm(x) * attn_in, self.w_qkv, *gemms, site=0)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         q, k = rotate(norm(q), rope), rotate(norm(k), rope)
         if frozen is not None:
             k, v = (torch.where(active[..., None, None], new, old) for new, old in zip((k, v), frozen))
-        keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
-        x = x + attn_out * self.output(spans.attend(q, keys, values).flatten(-2))
-        y = norm(x) * mlp_in
-        x = x + mlp_out * self.down(F.silu(self.gate(y)) * self.up(y))
+        attended = spans.attend(q, k, v, past).flatten(-2)
+        x = x + attn_out * fp8.linear(attended, self.w_output, *gemms, site=1)
+        mlp = partial(checkpoint, fp8.mlp, use_reentrant=False) if recompute else fp8.mlp
+        x = x + mlp_out * mlp(norm(x) * mlp_in, self.w_gate_up, self.w_down, *gemms)
         return x, (k, v)
 
 
@@ -253,6 +190,10 @@ class RecurrentTransformer(nn.Module):
             self.inject = nn.Parameter(torch.empty(N, 2))  # a_n, b_n
         elif config.injection == "concat_linear":
             self.inject = Linear(2 * D, D)
+        self.w_inject = fp8.Weight(self.inject.weight) if config.injection == "concat_linear" else None
+        self.w_head = fp8.Weight(self.embedding.weight)
+        self.gemms, self.scales = fp8.BF16, None  # of training; without gradients every GEMM is in compute_dtype
+        self.compiled, self.recompute = False, "none"
         self.halting = nn.Linear(D, 1) if config.halting == "act" else None
         self.init_weights()
 
@@ -286,11 +227,19 @@ class RecurrentTransformer(nn.Module):
         torch._dynamo.config.optimize_ddp = False  # it would cut these small graphs at the buckets of DDP
         self.step = torch.compile(self.step, dynamic=False)
         self.run_block = torch.compile(self.run_block, dynamic=False)
-        self.loss = torch.compile(self.loss, dynamic=False)
+        self.compiled = True
 
-    def forward(self, tokens, targets=None, memory=None, depth=None):
+    def use_fp8(self, gemms=fp8.FP8):
+        """Train with FP8 GEMMs, those of `gemms`."""
+        c = self.config
+        uses = c.prelude + c.max_depth * c.recur + c.coda
+        self.gemms, self.scales = gemms, fp8.Scales(uses, self.embedding.weight.device)
+
+    def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None):
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
-        rule, or k to make every token take exactly k steps (no token halts before). Returns `Output`.
+        rule, or k to make every token take exactly k steps (no token halts before). weights: (B, T) float32 of the
+        tokens in the loss; None: their mean. spans: what `spans(tokens, memory)` returned, where it was worked out
+        ahead. Returns `Output`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
@@ -300,14 +249,18 @@ class RecurrentTransformer(nn.Module):
             raise ValueError(f"depth must lie in 1..{N}, not {depth}")
         steps, adaptive = depth or N, self.halting is not None and depth is None
         device = self.embedding.weight.device
-        spans = Spans(tokens.cpu(), memory, self.config, device, self._flash(device))
+        training = torch.is_grad_enabled()
+        gemms = self._prepare(training)
+        spans = spans or self.spans(tokens, memory)
+        if memory:
+            memory.settle()
         tokens = tokens.to(device, non_blocking=True)
         h = norm(self.embedding(tokens).to(self.compute_dtype))
         rope = self._rope(tokens.shape[1], memory)
         written = []  # this segment's keys and values, one pair a memory slot
 
         for block in self.prelude:
-            h, kv = self.run_block(block, h, rope, spans, self._past(memory, len(written)))
+            h, kv = self.run_block(block, h, rope, spans, self._past(memory, len(written)), next(gemms))
             written.append(kv)
 
         state = kvs = None
@@ -315,19 +268,22 @@ class RecurrentTransformer(nn.Module):
         if self.halting is not None:
             state = ActState.start(tokens, h)
             kvs = [tuple(torch.zeros_like(h).unflatten(-1, (self.config.heads, -1)) for _ in "kv") for _ in range(R)]
-        weights = []
+        shares = []  # w_n
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
         thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
-        thresholds[-1] = -math.inf
+        thresholds[-1:].fill_(-math.inf)  # a number assigned would wait for the device
         for n in range(steps):
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
             gains = [None] * R if self.gains is None else self.gains[n].unbind()
+            gemms_of_step = list(itertools.islice(gemms, R))
             inject = self.inject[n] if self.config.injection == "gain" else None
-            h, kvs, state, weight = self.step(
-                blocks, gains, inject, h, e, rope, spans, pasts, kvs, state, thresholds[n]
-            )
-            weights.append(weight)
+            arguments = blocks, gains, inject, h, e, rope, spans, pasts, gemms_of_step, kvs, state, thresholds[n]
+            if training and self.recompute == "step":
+                h, kvs, state, weight = checkpoint(self.step, *arguments, use_reentrant=False)
+            else:
+                h, kvs, state, weight = self.step(*arguments)
+            shares.append(weight)
             if self.config.memory == "per_step":
                 written.extend(kvs)
             if adaptive and not torch.is_grad_enabled() and not state.active.any():
@@ -338,34 +294,45 @@ class RecurrentTransformer(nn.Module):
         out = h if state is None else state.out.to(h.dtype)
 
         for block in self.coda:
-            out, kv = self.run_block(block, out, rope, spans, self._past(memory, len(written)))
+            past = self._past(memory, len(written))
+            out, kv = self.run_block(block, out, rope, spans, past, next(gemms))
             written.append(kv)
 
+        logits = loss = nll = None
         if targets is None:
-            logits, nll = self._logits(out), None
+            logits = F.linear(norm(out), self.w_head.low, self.padding.to(out.dtype))
         else:
-            logits, nll = None, self.loss(out, targets.to(device, non_blocking=True))
+            if weights is None:
+                weights = torch.full(tokens.shape, 1 / tokens.numel(), device=device)
+            loss, nll = self.loss(out, targets.to(device, non_blocking=True), weights)
         taken = torch.full_like(tokens, steps) if state is None else state.depth
         ponder = taken.float() if state is None else taken + state.remainder_at_halt
-        stacked = None if state is None else torch.stack(weights)
-        memory = self._remember(memory, written, spans) if memory else None
-        return Output(logits, nll, taken, ponder, stacked, spans.context, memory)
+        stacked = None if state is None else torch.stack(shares)
+        memory = memory.after(written, spans.live) if memory else None
+        return Output(logits, loss, nll, taken, ponder, stacked, spans.context, memory)
 
-    def _flash(self, device):
-        """Whether FlashAttention can run: half precision, Ampere or newer, a head size that it has."""
-        d = self.config.width // self.config.heads
-        return (
-            device.type == "cuda"
-            and self.compute_dtype != torch.float32
-            and torch.cuda.get_device_capability(device) >= (8, 0)
-            and d % 8 == 0
-            and d <= 256
-        )
+    def spans(self, tokens, memory=None):
+        """Which keys the tokens (B, T) will see. Host work that can be done while the device is busy."""
+        device, d = self.embedding.weight.device, self.config.width // self.config.heads
+        kernel = self.compute_dtype != torch.float32 and attention.available(device, d)
+        return Spans(tokens.cpu(), memory, self.config, device, kernel)
 
-    def run_block(self, block, x, rope, spans, past):
-        return block(x, None, rope, spans, past)
+    def _prepare(self, training):
+        """Bring the low-precision copies of the weights up to date. Yields for one use of a block after another which
+        GEMMs are in FP8, and their scales."""
+        in_fp8 = training and self.scales is not None
+        gemms = self.gemms if in_fp8 else fp8.BF16
+        for block in [*self.prelude, *self.recur, *self.coda]:
+            block.prepare(self.compute_dtype, gemms)
+        self.w_head.prepare(self.compute_dtype, gemms)
+        if self.w_inject is not None:
+            self.w_inject.prepare(self.compute_dtype, fp8.BF16)
+        return zip(itertools.repeat(gemms), self.scales.of_uses() if in_fp8 else itertools.repeat(None))
 
-    def step(self, blocks, gains, inject, h, e, rope, spans, pasts, frozen, state, threshold):
+    def run_block(self, block, x, rope, spans, past, gemms):
+        return block(x, None, rope, spans, past, gemms, self.recompute == "mlp")
+
+    def step(self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold):
         """One recurrence: injection, the R blocks, halting. The part that `compile` turns into one graph.
 
         Returns the new state h (B, T, D), the R blocks' (keys, values), the `ActState` and this step's output weights.
@@ -374,11 +341,12 @@ class RecurrentTransformer(nn.Module):
             a, b = inject.to(h.dtype)
             h = a * norm(h) + b * e
         elif self.config.injection == "concat_linear":
-            h = self.inject(torch.cat([e, h], -1))
+            h = fp8.linear(torch.cat([e, h], -1), self.w_inject)
         active = None if state is None else state.active
         kvs = []
         for r, block in enumerate(blocks):
-            h, kv = block(h, gains[r], rope, spans, pasts[r], frozen[r] if state else None, active)
+            old = frozen[r] if state else None
+            h, kv = block(h, gains[r], rope, spans, pasts[r], gemms[r], self.recompute == "mlp", old, active)
             kvs.append(kv)
         if state is None:
             return h, kvs, None, None
@@ -389,13 +357,14 @@ class RecurrentTransformer(nn.Module):
         """p_n of states h (B, T, D), as (B, T) float32. A sum, not a matrix product: it fuses with the norm."""
         return torch.sigmoid((norm(h.float()) * self.halting.weight).sum(-1) + self.halting.bias)
 
-    def loss(self, out, targets):
-        """Negative log-likelihood of targets (B, T) in nats, float32; the states `out` are (B, T, D)."""
-        logits = self._logits(out).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-    def _logits(self, out):
-        return F.linear(norm(out), self.embedding.weight.to(out.dtype), self.padding.to(out.dtype))
+    def loss(self, out, targets, weights):
+        """The sum of weights * nll, and nll (B, T) float32 in nats, without gradient; `out`: the states (B, T, D)."""
+        gemms = self.gemms if torch.is_grad_enabled() and self.scales is not None else fp8.BF16
+        states, targets, weights = norm(out).flatten(0, 1), targets.flatten(), weights.flatten()
+        loss, nll = fp8.cross_entropy(
+            states, self.w_head, self.padding, targets, weights, gemms, compiled=self.compiled
+        )
+        return loss, nll.view(out.shape[:2])
 
     # ---------------------------------------------------------------------------------------------- memory
 
@@ -404,25 +373,14 @@ class RecurrentTransformer(nn.Module):
         return n * self.config.recur + r if self.config.memory == "per_step" else r
 
     def _past(self, memory, slot):
-        return (memory.keys[slot], memory.values[slot]) if memory else None
+        return memory.past(slot) if memory else None
 
     def new_memory(self, batch, length):
         """An empty memory of `length` tokens for `batch` rows; its size is `slots * 2 * batch * length * D` numbers."""
         c = self.config
         slots = c.prelude + c.coda + c.recur * (c.max_depth if c.memory == "per_step" else 1)
-        device = self.embedding.weight.device
         shape = (batch, length, c.heads, c.width // c.heads)
-        empty = [torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in range(2 * slots)]
-        return Memory(empty[:slots], empty[slots:], torch.zeros(batch, dtype=torch.int64))
-
-    @torch.no_grad()
-    def _remember(self, memory, written, spans):
-        """The memory after this segment. Detached: no gradient reaches an earlier segment."""
-        M, T = memory.length, written[0][0].shape[1]
-        roll = lambda old, new: torch.cat([old[:, T:], new[:, -M:] if M else new[:, :0]], 1)  # noqa: E731
-        keys = [roll(old, new) for old, (new, _) in zip(memory.keys, written)]
-        values = [roll(old, new) for old, (_, new) in zip(memory.values, written)]
-        return Memory(keys, values, spans.live.clamp(max=M), memory.position + T)
+        return Memory.empty(slots, shape, self.compute_dtype, self.embedding.weight.device)
 
     def _rope(self, length, memory):
         """cos and sin (T, 1, d/2) at the absolute positions of this segment. Angles are taken in float64: a stream runs

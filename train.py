@@ -27,8 +27,10 @@ import checkpoint
 import config
 import data
 import evaluate
+import fp8
 from config import ConfigError
 from model import ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
+from optim import OptimConfig, build_optimizers, learning_rate
 
 
 @dataclass
@@ -54,7 +56,12 @@ class TrainConfig:
     log_interval: int = 10
     seed: int = 1
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 on CUDA
+    # Of activations; auto: bfloat16 on CUDA. fp8: bfloat16 there, and FP8 in the GEMMs of blocks and head (see fp8.py).
+    dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
+    fp8_gemms: list[str] = field(default_factory=lambda: ["forward", "input_grad", "weight_grad"])  # those in FP8
+    # What the backward pass computes again instead of keeping: nothing more than norms and the SwiGLU product; gate and
+    # up of the SwiGLU too, half of all memory; or everything inside a recurrence.
+    recompute: Literal["none", "mlp", "step"] = "none"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
     peak_tflops: float = 0.0  # of the accelerator in dtype, for the utilisation; 0: look it up by its name
     wandb: str = ""  # a Weights & Biases project to log to; empty: none
@@ -73,30 +80,8 @@ class TrainConfig:
             raise ValueError(f"'memory' must be [[0.0, length], [fraction, length], ...] in rising order, not {starts}")
         if min(length for _, length in self.memory) < 0:
             raise ValueError("'memory' lengths must not be negative")
-
-
-@dataclass
-class OptimConfig:
-    """Muon for the matrices of the blocks, AdamW for embedding, gains, injection and halting head."""
-
-    lr: float = 1.5e-3  # of Muon, scaled to AdamW's update size (match_rms_adamw)
-    adamw_lr: float = 1.5e-3
-    weight_decay: float = 0.1  # of Muon's matrices
-    momentum: float = 0.95  # of Muon
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    grad_clip: float = 1.0
-    schedule: Literal["linear", "cosine"] = "linear"  # of the decay
-    warmup: float = 0.02  # fraction of training in which the rate rises from 0
-    decay: float = 0.4  # fraction of training, at the end, in which it falls to `final`; between: constant
-    final: float = 0.05  # of the rate
-
-    def __post_init__(self):
-        if not (0 < self.lr <= 1 and 0 < self.adamw_lr <= 1 and self.grad_clip > 0):
-            raise ValueError("'lr' and 'adamw_lr' must be above 0 and at most 1, 'grad_clip' must be above 0")
-        if not all(0 <= x < 1 for x in (self.momentum, *self.betas)) or min(self.weight_decay, self.final) < 0:
-            raise ValueError("'momentum' and 'betas' must lie in [0, 1); 'weight_decay' and 'final' must be at least 0")
-        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise ValueError(f"'warmup' {self.warmup} and 'decay' {self.decay} must add up to at most 1")
+        if unknown := [name for name in self.fp8_gemms if name not in fp8.Gemms._fields]:
+            raise ValueError(f"'fp8_gemms' has '{unknown[0]}'; known are {', '.join(fp8.Gemms._fields)}")
 
 
 @dataclass
@@ -138,39 +123,9 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def learning_rate(progress, optim):
-    """The factor on the learning rates at `progress` (0..1) of training: warm up, hold, decay."""
-    if progress < optim.warmup:
-        return progress / optim.warmup
-    if progress <= 1 - optim.decay:
-        return 1.0
-    left = (1 - progress) / optim.decay
-    shape = left if optim.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
-    return optim.final + (1 - optim.final) * shape
-
-
 def memory_length(progress, curriculum):
     """The Transformer-XL memory at `progress` (0..1) of training."""
     return [length for start, length in curriculum if start <= progress][-1]
-
-
-BLOCKS = ("prelude", "recur", "coda")  # the parts of the model whose matrices Muon trains
-
-
-def build_optimizers(model, optim):
-    """Muon over the matrices of the blocks and AdamW over all else, as {name: optimizer}."""
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and name.split(".")[0] in BLOCKS}
-    others = {name: p for name, p in model.named_parameters() if name not in matrices}
-    return {
-        "muon": torch.optim.Muon(
-            matrices.items(), lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        "adamw": torch.optim.AdamW(
-            others.items(), lr=optim.adamw_lr, betas=optim.betas, weight_decay=0.0,
-            fused=model.embedding.weight.is_cuda,
-        ),
-    }  # fmt: skip
 
 
 class Trainer:
@@ -191,9 +146,13 @@ class Trainer:
 
         self.prepared = data.Prepared.open(cfg.data.path)
         self.model = RecurrentTransformer(cfg.model, dtype).to(self.device)
-        if self.t.compile == "on" or self.t.compile == "auto" and on_cuda:
+        compiled = self.t.compile == "on" or self.t.compile == "auto" and on_cuda
+        if compiled:
             self.model.compile()
-        self.optimizers = build_optimizers(self.model, cfg.optim)
+        self.model.recompute = self.t.recompute
+        if self.t.dtype == "fp8":
+            self._use_fp8()
+        self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         self.ponder = PonderWeight(self.t.ponder_weight, self.t.target_depth, self.t.ponder_rate)
 
         rows = self.t.batch_size // self.world
@@ -208,6 +167,7 @@ class Trainer:
             self.prepared, self.t.batch_size, self.t.segment, self.t.seed, cfg.data.weights or None
         )
         self.data_state = self.streams.state()
+        self.batch = None  # read ahead
         self.memories = self._empty_memories(memory_length(0, self.t.memory))
         self.steps = self.t.tokens // (self.t.batch_size * self.t.segment)
         self.step = self.bad_steps = self.bad_in_a_row = 0
@@ -215,10 +175,21 @@ class Trainer:
         self.out = Path(cfg.out)
         self.folder = self.out / "checkpoints"
         self.metrics_file = self.out / "metrics.jsonl"
-        self.peak = (self.t.peak_tflops or peak_tflops(self.device, dtype)) * 1e12
+        self.peak = (self.t.peak_tflops or peak_tflops(self.device, dtype, self.model.scales is not None)) * 1e12
         self.wrapped = self.model
         if self.world > 1:
             self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False)
+
+    def _use_fp8(self):
+        """FP8 if this device can; else say why not, and train in bfloat16."""
+        reason = fp8.self_test(self.device)
+        if self.device.type == "cuda" and (width := self.cfg.model.width % 16 or self.cfg.model.hidden % 16):
+            reason = f"'model.width' and 'model.hidden' must be multiples of 16, and the remainder is {width}"
+        if reason is None:
+            self.model.use_fp8(fp8.Gemms(*(name in self.t.fp8_gemms for name in fp8.Gemms._fields)))
+        elif self.main:
+            name = torch.cuda.get_device_name(self.device)
+            print(f"FP8 is off, training in bfloat16: {name}: {reason}", file=sys.stderr)
 
     def _empty_memories(self, length):
         """One memory a micro-batch."""
@@ -227,16 +198,21 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- one step
 
+    def _read(self):
+        """The next batch, split into micro-batches, and which keys its tokens will see: work for the host that fits
+        beside the backward pass of the batch before."""
+        *arrays, state = next(self.streams)
+        tokens, targets, domains = (torch.from_numpy(x[self.rows]).split(self.micro) for x in arrays)
+        spans = [self.model.spans(part, memory) for part, memory in zip(tokens, self.memories)]
+        return tokens, targets, domains, state, spans
+
     def train_step(self):
         """Read a batch, accumulate gradients over its micro-batches, update. Returns the metrics of the step."""
-        progress = self.step / self.steps
-        length = memory_length(progress, self.t.memory)
+        length = memory_length(self.step / self.steps, self.t.memory)
+        tokens, targets, domains, self.data_state, spans = self.batch or self._read()
         if self.memories[0].length != length:
             self.memories = [memory.resized(length) for memory in self.memories]
-        tokens, targets, domains, self.data_state = next(self.streams)
-        tokens, targets, domains = (
-            torch.from_numpy(x[self.rows]).split(self.micro) for x in (tokens, targets, domains)
-        )
+            spans = [None] * len(spans)
 
         # Loss, depth and number of tokens of every domain; in the last row the objective of the micro-batches.
         sums = torch.zeros(len(self.prepared.domains) + 1, 3, device=self.device, dtype=torch.float64)
@@ -244,30 +220,54 @@ class Trainer:
         for i in range(parts):
             synced = i == parts - 1 or self.world == 1
             with nullcontext() if synced else self.wrapped.no_sync():
-                out = self.wrapped(tokens[i], targets[i], self.memories[i])
-                objective = out.nll.mean()
+                out = self.wrapped(tokens[i], targets[i], self.memories[i], spans=spans[i])
+                objective = out.loss
                 if self.ponder.value:
                     objective = objective + self.ponder.value * out.ponder.mean()
                 (objective / parts).backward()
             self.memories[i] = out.memory
-            each = torch.stack([out.nll.detach(), out.depth.float(), torch.ones_like(out.nll)], -1).flatten(0, 1)
+            each = torch.stack([out.nll, out.depth.float(), torch.ones_like(out.nll)], -1).flatten(0, 1)
             sums.index_add_(0, domains[i].flatten().to(self.device, non_blocking=True), each.double())
             sums[-1] += objective.detach() / (parts * self.world)
             context += out.context / parts
         if self.world > 1:
             dist.all_reduce(sums)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.grad_clip)
-
-        *domains, (objective, *_) = sums.tolist()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.batch = self._read()
+        # From here on the host waits for the device, and the device then for the host: what follows is short.
+        *sums, grad_norm = torch.cat([sums.flatten(), grad_norm.double()[None]]).tolist()
+        *domains, (objective, _, _) = zip(*[iter(sums)] * 3)
         loss, depth, number = (sum(column) for column in zip(*domains))
         factor = learning_rate((self.step + 1) / self.steps, self.cfg.optim)
+        if math.isfinite(objective) and math.isfinite(grad_norm):
+            if grad_norm > self.cfg.optim.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.optim.grad_clip, torch.tensor(grad_norm))
+            for name, optimizer in self.optimizers.items():
+                base = self.cfg.optim.lr if name == "muon" else self.cfg.optim.adamw_lr
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * base
+                optimizer.step()
+            self.bad_in_a_row = 0
+        else:
+            # What the step wrote into the memory is as bad as its loss: start these rows afresh.
+            self.memories = self._empty_memories(length)
+            self.batch = (*self.batch[:-1], [None] * parts)
+            self.bad_steps += 1
+            self.bad_in_a_row += 1
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        if self.model.scales is not None:
+            if self.world > 1:
+                dist.all_reduce(self.model.scales.probe.grad, dist.ReduceOp.MAX)
+            self.model.scales.update(parts)
         metrics = {
             "loss": loss / number,
             "objective": objective,
             "depth": depth / number,
             "context": context,
             "ponder_weight": self.ponder.value,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": grad_norm,
             "lr": factor * self.cfg.optim.lr,
             "memory": length,
             "domains": {
@@ -276,21 +276,8 @@ class Trainer:
                 if d[2]
             },
         }
-        if math.isfinite(metrics["objective"]) and math.isfinite(metrics["grad_norm"]):
-            for name, optimizer in self.optimizers.items():
-                base = self.cfg.optim.lr if name == "muon" else self.cfg.optim.adamw_lr
-                for group in optimizer.param_groups:
-                    group["lr"] = factor * base
-                optimizer.step()
+        if not self.bad_in_a_row:
             self.ponder.update(metrics["depth"])
-            self.bad_in_a_row = 0
-        else:
-            # What the step wrote into the memory is as bad as its loss: start these rows afresh.
-            self.memories = self._empty_memories(length)
-            self.bad_steps += 1
-            self.bad_in_a_row += 1
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
         self.step += 1
         return metrics | {"bad_steps": self.bad_steps}
 
@@ -343,6 +330,8 @@ class Trainer:
         state["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.model.scales is not None:
+            state["fp8/history"] = self.model.scales.history
         checkpoint.write_tensors(path, "optimizer", state)
         meta = {
             "step": self.step,
@@ -388,6 +377,8 @@ class Trainer:
         torch.set_rng_state(state.pop("random/cpu"))
         if "random/cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state.pop("random/cuda"), self.device)
+        if "fp8/history" in state and self.model.scales is not None:
+            self.model.scales.load(state["fp8/history"])
         checkpoint.load_optimizers(self.model, self.optimizers, state)
         self.memories = checkpoint.read_memories(path, meta["position"], self.rows, self.micro, self.device)
         self.data_state = meta["data_state"]
@@ -477,6 +468,8 @@ class Trainer:
         counts, model, t = self.model.parameter_counts(), self.cfg.model, self.t
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
+        if self.model.scales is not None:
+            dtype += f" and FP8 ({', '.join(name for name, on in self.model.gemms._asdict().items() if on)})"
         print(
             f"{counts['total'] / 1e6:.1f}M parameters (embedding {counts['embedding'] / 1e6:.1f}M, "
             f"blocks {counts['blocks'] / 1e6:.1f}M), depth up to {model.max_depth}, halting {model.halting}\n"
@@ -493,6 +486,8 @@ class Trainer:
         if self.step and result["macro"]["nats"] < best:
             checkpoint.mark_best(checkpoint.steps(self.folder)[-1])
         log.write("validation", self.step, result)
+        if self.model.scales is not None:
+            log.write("fp8", self.step, {"amax": self.model.scales.amax()})
         macro = result["macro"]
         forced = "".join(f", {part['bits_per_byte']:.3f} at depth {k}" for k, part in result.get("forced", {}).items())
         domains = ", ".join(f"{name} {part['bits_per_byte']:.2f}" for name, part in result["domains"].items())
@@ -531,9 +526,7 @@ class Log:
             except ImportError:
                 raise ConfigError("'train.wandb' is set but wandb is not installed: pip install wandb") from None
             name = Path(cfg.out).name  # also the id: a resumed run goes on in the same place
-            self.wandb = wandb.init(
-                project=project, name=name, id=name, resume="allow", config=dataclasses.asdict(cfg)
-            )
+            self.wandb = wandb.init(project=project, name=name, id=name, resume="allow", config=dataclasses.asdict(cfg))
 
     def evaluations(self):
         return [line for line in self.lines if line["event"] == "validation" and line["macro"]["nats"] is not None]
@@ -579,12 +572,13 @@ class StopSignal:
         return flag.item() > 0
 
 
-def peak_tflops(device, dtype):
-    """Of the accelerator by its name, or 0 where it is unknown."""
+def peak_tflops(device, dtype, in_fp8):
+    """Of the accelerator by its name, or 0 where it is unknown. FP8 is twice as fast as bfloat16."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return 0
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), 0)
+    peak = next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), 0)
+    return 2 * peak if in_fp8 else peak
 
 
 def main():

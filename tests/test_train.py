@@ -263,8 +263,9 @@ def poison(monkeypatch, steps):
     """Make the loss of these steps infinite."""
     loss = RecurrentTransformer.loss
 
-    def poisoned(self, out, targets):
-        return loss(self, out, targets) * (float("inf") if self.training and poisoned.step in steps else 1)
+    def poisoned(self, *args):
+        factor = float("inf") if self.training and poisoned.step in steps else 1
+        return tuple(part * factor for part in loss(self, *args))
 
     train_step = train.Trainer.train_step
 
@@ -313,8 +314,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(workplace, monkey
 )
 def test_an_unknown_gpu_has_no_peak(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert train.peak_tflops(torch.device("cuda"), torch.bfloat16) == peak
-    assert train.peak_tflops(torch.device("cuda"), torch.float32) == 0
+    assert train.peak_tflops(torch.device("cuda"), torch.bfloat16, in_fp8=False) == peak
+    assert train.peak_tflops(torch.device("cuda"), torch.bfloat16, in_fp8=True) == 2 * peak
+    assert train.peak_tflops(torch.device("cuda"), torch.float32, in_fp8=False) == 0
 
 
 def test_learning_rate_and_memory_schedules():

@@ -1,0 +1,638 @@
+"""Matrix products with shared weights: FP8 on the tensor cores, or the dtype of the activations.
+
+A tensorwise FP8 product is  (a * s_a -> FP8) @ (b * s_b -> FP8).T / (s_a * s_b),  summed in float32. Tensor cores do it
+twice as fast as in bf16; what the GEMM wins, the casts can lose, so this file is about the casts:
+
+- Weights, and their transposes for the backward pass, are rounded once per optimizer step (`Weight`): all recurrences
+  and micro-batches share them.
+- Activations and gradients are rounded by the kernel that makes them, with a scale for the largest value (amax) seen
+  in the last steps ("delayed scaling", Micikevicius et al. 2022, arXiv 2209.05433): no pass over the tensor to find it.
+  Every GEMM of a block at every recurrence has its own scales, for its input and its output's gradient (`Scales`).
+- Hopper's FP8 GEMM wants the summed dimension contiguous in both operands, so the weight gradient needs both of its
+  operands transposed: one read writes both layouts. SwiGLU and its derivative, the widest tensors of the model, are
+  Triton kernels with FP8 outputs; the rest is left to torch.compile, which fuses the rounding into norms and residuals.
+
+Values use E4M3 (largest 448, 3 bits of mantissa), gradients E5M2 (57344, 2 bits). Each of the three GEMMs of a layer
+(forward, gradient of the input, gradient of the weight) can stay in bf16. On a CPU the same code rounds to FP8 and
+multiplies in float32. The residual stream, norms, injection, halting head and loss are never FP8.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch: every kernel has a reference in PyTorch
+    triton = None
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+SITES = ("qkv", "output", "gate_up", "down")  # the GEMMs of a block
+
+
+class Gemms(NamedTuple):
+    """Which of a layer's three GEMMs run in FP8."""
+
+    forward: bool = False
+    input_grad: bool = False
+    weight_grad: bool = False
+
+
+BF16, FP8 = Gemms(), Gemms(True, True, True)
+
+
+def matmul(a, b, inverse_a=None, inverse_b=None, dtype=None, bias=None):
+    """a (m, k) @ b (n, k).T + bias as (m, n) of `dtype`; FP8 operands come with the inverse of their scales."""
+    if inverse_a is None:
+        return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
+    return _scaled_matmul(a, b, inverse_a, inverse_b, dtype, bias)
+
+
+@torch.library.custom_op("recurrent::scaled_matmul", mutates_args=())
+def _scaled_matmul(
+    a: torch.Tensor, b: torch.Tensor, inverse_a: torch.Tensor, inverse_b: torch.Tensor, dtype: torch.dtype,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """An operator of our own: torch.compile's lowering of _scaled_mm refuses scales that are views (torch 2.11)."""
+    if a.is_cuda:
+        return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    product = a.float() @ b.float().t() * (inverse_a * inverse_b)
+    return (product if bias is None else product + bias).to(dtype)
+
+
+@_scaled_matmul.register_fake
+def _(a, b, inverse_a, inverse_b, dtype, bias):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+def quantize(x, scale, dtype):
+    """x * scale in FP8, saturated, and the amax of x, float32. torch.compile fuses it into what makes x."""
+    largest = LARGEST[dtype]
+    return (x.float() * scale).clamp(-largest, largest).to(dtype), x.abs().amax(-1).amax().float()
+
+
+# ------------------------------------------------------------------------------------------------- kernels
+# Each has its definition in PyTorch beside it, which is also what runs without a GPU.
+
+
+def transpose(x):
+    """x (m, n) FP8 as (n, m), contiguous."""
+    if triton is None or not x.is_cuda:
+        return x.t().contiguous()
+    return _transpose(x)
+
+
+def swiglu(gate_up):
+    """silu(gate) * up of gate_up (m, 2 F), float32."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def swiglu_gradient(grad, gate_up):
+    """The gradient of `swiglu` with respect to gate_up (m, 2 F), float32; grad: (m, F)."""
+    gate, up = gate_up.float().chunk(2, -1)
+    sigmoid = gate.sigmoid()
+    return torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], -1)
+
+
+def swiglu_quantize(gate_up, scale):
+    """`swiglu` in E4M3 (m, F), and its amax."""
+    if triton is None or not gate_up.is_cuda:
+        return quantize(swiglu(gate_up), scale, E4M3)
+    product, amax = _swiglu_quantize(gate_up, scale)
+    return product, amax.amax()
+
+
+def swiglu_gradient_quantize(grad, gate_up, scale, grad_scale):
+    """What the backward pass needs, in one read: the gradient of gate_up in E5M2, as (m, 2 F) and transposed; the
+    product of the forward pass in E4M3, transposed, (F, m), recomputed; and the amax of the gradient."""
+    if triton is None or not gate_up.is_cuda:
+        wide, amax = quantize(swiglu_gradient(grad.float(), gate_up), grad_scale, E5M2)
+        return wide, transpose(wide), transpose(quantize(swiglu(gate_up), scale, E4M3)[0]), amax
+    wide, wide_t, product_t, amax = _swiglu_gradient_quantize(grad, gate_up, scale, grad_scale)
+    return wide, wide_t, product_t, amax.amax()
+
+
+def log_sum_exp(logits):
+    """Of every row of logits (m, V), float32."""
+    if triton is None or not logits.is_cuda:
+        return logits.float().logsumexp(-1)
+    return _log_sum_exp(logits)
+
+
+def softmax_gradient_quantize(logits, lse, targets, weights, scale):
+    """weights * (softmax(logits) - onehot(targets)) * scale in E5M2, (m, V) and transposed; all but logits are (m,)."""
+    if triton is None or not logits.is_cuda:
+        grad = softmax_gradient(logits, lse, targets, weights * scale).to(E5M2)
+        return grad, transpose(grad)
+    return _softmax_gradient_quantize(logits, lse, targets, weights * scale)
+
+
+def softmax_gradient(logits, lse, targets, weights):
+    """The gradient of sum(weights * cross-entropy) with respect to logits (m, V), float32; all others are (m,)."""
+    onehot = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    return weights[:, None] * ((logits.float() - lse[:, None]).exp() - onehot.float())
+
+
+def quantize_transpose(x, scale):
+    """`quantize` of a gradient x (m, n) to E5M2, as (m, n) and transposed, in one read; and its amax."""
+    if triton is None or not x.is_cuda:
+        rounded, amax = quantize(x, scale, E5M2)
+        return rounded, transpose(rounded), amax
+    rounded, rounded_t, amax = _quantize_transpose(x.contiguous(), scale)
+    return rounded, rounded_t, amax.amax()
+
+
+def quantize_weight(weight, scale, out, out_t):
+    """Round weight (m, n) float32 into out (m, n) and out_t (n, m), views of E4M3, in one read."""
+    if triton is None or not weight.is_cuda:
+        out.copy_((weight * scale).clamp(-448.0, 448.0).to(E4M3))
+        out_t.copy_(out.t())
+        return
+    (m, n), block = weight.shape, 64
+    grid = (triton.cdiv(m, block), triton.cdiv(n, block))
+    _quantize_weight_kernel[grid](weight, scale, out, out_t, m, n, out_t.stride(0), BLOCK=block)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Row and column numbers of this program's tile of an (m, n) matrix, and which lie inside."""
+        row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        return row, column, (row < m)[:, None] & (column < n)[None, :]
+
+    @triton.jit
+    def _store_transposed(pointer, x, row, column, stride, m, n):
+        """x[i, j] to pointer[column[j], row[i]], along rows of the result."""
+        inside = (column < n)[:, None] & (row < m)[None, :]
+        tl.store(pointer + column[:, None] * stride + row[None, :], tl.trans(x), mask=inside)
+
+    @triton.jit
+    def _transpose_kernel(x, out, m, n, BLOCK: tl.constexpr):
+        row, column, inside = _tile(m, n, BLOCK, BLOCK)
+        tile = tl.load(x + row[:, None] * n + column[None, :], mask=inside)
+        _store_transposed(out, tile, row, column, m, m, n)
+
+    @triton.jit
+    def _quantize_transpose_kernel(x, scale, out, out_t, amax, m, n, BLOCK: tl.constexpr):
+        row, column, inside = _tile(m, n, BLOCK, BLOCK)
+        at = row[:, None] * n + column[None, :]
+        tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(tile)))
+        tile = tl.clamp(tile * tl.load(scale), -57344.0, 57344.0).to(tl.float8e5)
+        tl.store(out + at, tile, mask=inside)
+        _store_transposed(out_t, tile, row, column, m, m, n)
+
+    @triton.jit
+    def _quantize_weight_kernel(x, scale, out, out_t, m, n, stride_t, BLOCK: tl.constexpr):
+        row, column, inside = _tile(m, n, BLOCK, BLOCK)
+        at = row[:, None] * n + column[None, :]
+        tile = tl.load(x + at, mask=inside, other=0.0) * tl.load(scale)
+        tile = tl.clamp(tile, -448.0, 448.0).to(tl.float8e4nv)
+        tl.store(out + at, tile, mask=inside)
+        _store_transposed(out_t, tile, row, column, stride_t, m, n)
+
+    @triton.jit
+    def _swiglu_kernel(gate_up, scale, out, amax, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
+        at = row[:, None] * (2 * n) + column[None, :]
+        gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
+        product = gate * tl.sigmoid(gate) * up
+        scaled = tl.clamp(product * tl.load(scale), -448.0, 448.0)
+        tl.store(out + row[:, None] * n + column[None, :], scaled.to(tl.float8e4nv), mask=inside)
+        tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(product)))
+
+    @triton.jit
+    def _swiglu_gradient_kernel(
+        grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):  # fmt: skip
+        row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
+        at = row[:, None] * (2 * n) + column[None, :]
+        gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + row[:, None] * n + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        product = tl.clamp(gate * sigmoid * up * tl.load(scale), -448.0, 448.0).to(tl.float8e4nv)
+        _store_transposed(product_t, product, row, column, m, m, n)
+        d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+        d_up = g * gate * sigmoid
+        largest = tl.maximum(tl.max(tl.abs(d_gate)), tl.max(tl.abs(d_up)))
+        tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), largest)
+        s = tl.load(grad_scale)
+        d_gate = tl.clamp(d_gate * s, -57344.0, 57344.0).to(tl.float8e5)
+        d_up = tl.clamp(d_up * s, -57344.0, 57344.0).to(tl.float8e5)
+        tl.store(wide + at, d_gate, mask=inside)
+        tl.store(wide + at + n, d_up, mask=inside)
+        _store_transposed(wide_t, d_gate, row, column, m, m, n)
+        _store_transposed(wide_t, d_up, row, column + n, m, m, 2 * n)
+
+    @triton.jit
+    def _log_sum_exp_kernel(logits, out, n, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        high = tl.full((BLOCK,), -1e30, tl.float32)  # of every lane: lanes meet once, at the end
+        total = tl.full((BLOCK,), 0.0, tl.float32)
+        for start in range(0, n, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + row * n + column, mask=column < n, other=float("-inf")).to(tl.float32)
+            higher = tl.maximum(high, z)
+            total = total * tl.exp(high - higher) + tl.exp(z - higher)
+            high = higher
+        highest = tl.max(high)
+        tl.store(out + row, highest + tl.log(tl.sum(total * tl.exp(high - highest))))
+
+    @triton.jit
+    def _softmax_gradient_kernel(
+        logits, lse, targets, weights, out, out_t, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    ):
+        row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
+        at = row[:, None] * n + column[None, :]
+        z = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+        shift = tl.load(lse + row, mask=row < m, other=0.0)
+        target = tl.load(targets + row, mask=row < m, other=-1)
+        weight = tl.load(weights + row, mask=row < m, other=0.0)
+        probability = tl.exp(z - shift[:, None])
+        grad = weight[:, None] * (probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0))
+        grad = tl.clamp(grad, -57344.0, 57344.0).to(tl.float8e5)
+        tl.store(out + at, grad, mask=inside)
+        _store_transposed(out_t, grad, row, column, m, m, n)
+
+    def _grid(m, n, block_m, block_n):
+        return triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+
+    def operator(function):
+        """`function` as an operator that torch.compile sees into: it owns the kernel launches, and no gradient."""
+        name = function.__name__.strip("_")
+        return torch.library.triton_op(f"recurrent::{name}", function, mutates_args={})
+
+    def _transpose(x: torch.Tensor) -> torch.Tensor:
+        (m, n), block = x.shape, 64
+        out = x.new_empty(n, m)
+        kernel = torch.library.wrap_triton(_transpose_kernel)
+        kernel[_grid(m, n, block, block)](x, out, m, n, BLOCK=block, num_warps=4)
+        return out
+
+    def _quantize_transpose(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (m, n), block = x.shape, 64
+        grid = _grid(m, n, block, block)
+        out = torch.empty(m, n, dtype=E5M2, device=x.device)
+        out_t = torch.empty(n, m, dtype=E5M2, device=x.device)
+        amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
+        kernel = torch.library.wrap_triton(_quantize_transpose_kernel)
+        kernel[grid](x, scale, out, out_t, amax, m, n, BLOCK=block, num_warps=4)
+        return out, out_t, amax
+
+    def _swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        m, n = gate_up.shape[0], gate_up.shape[1] // 2
+        block = (4, 1024)
+        grid = _grid(m, n, *block)
+        out = torch.empty(m, n, dtype=E4M3, device=gate_up.device)
+        amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=gate_up.device)
+        kernel = torch.library.wrap_triton(_swiglu_kernel)
+        kernel[grid](gate_up, scale, out, amax, m, n, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=4)
+        return out, amax
+
+    def _swiglu_gradient_quantize(
+        grad: torch.Tensor, gate_up: torch.Tensor, scale: torch.Tensor, grad_scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        m, n = grad.shape
+        block = (64, 64)
+        grid = _grid(m, n, *block)
+        wide = torch.empty(m, 2 * n, dtype=E5M2, device=grad.device)
+        wide_t = torch.empty(2 * n, m, dtype=E5M2, device=grad.device)
+        product_t = torch.empty(n, m, dtype=E4M3, device=grad.device)
+        amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=grad.device)
+        kernel = torch.library.wrap_triton(_swiglu_gradient_kernel)
+        kernel[grid](
+            grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
+            BLOCK_M=block[0], BLOCK_N=block[1], num_warps=8,
+        )  # fmt: skip
+        return wide, wide_t, product_t, amax
+
+    def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        kernel = torch.library.wrap_triton(_log_sum_exp_kernel)
+        kernel[(len(logits),)](logits, out, logits.shape[1], BLOCK=4096, num_warps=8)
+        return out
+
+    def _softmax_gradient_quantize(
+        logits: torch.Tensor, lse: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (m, n), block = logits.shape, (64, 64)
+        out = torch.empty(m, n, dtype=E5M2, device=logits.device)
+        out_t = torch.empty(n, m, dtype=E5M2, device=logits.device)
+        kernel = torch.library.wrap_triton(_softmax_gradient_kernel)
+        kernel[_grid(m, n, *block)](
+            logits, lse, targets, weights, out, out_t, m, n, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=4
+        )
+        return out, out_t
+
+    _transpose, _quantize_transpose = operator(_transpose), operator(_quantize_transpose)
+    _swiglu_quantize = operator(_swiglu_quantize)
+    _swiglu_gradient_quantize = operator(_swiglu_gradient_quantize)
+    _log_sum_exp = operator(_log_sum_exp)
+    _softmax_gradient_quantize = operator(_softmax_gradient_quantize)
+
+
+# ------------------------------------------------------------------------------------------------- weights, scales
+
+
+class Weight:
+    """The matrices of layers that read the same input, stacked: float32 masters and what the GEMMs multiply with.
+
+    low: (m, k) in the dtype of the activations. rounded, rounded_t: (m, k) and (k, m) in E4M3, inverse: of their scale.
+    """
+
+    def __init__(self, *masters):
+        self.masters = masters
+        self.low = self.rounded = self.rounded_t = self.inverse = self.key = None
+
+    @torch.no_grad()
+    def prepare(self, dtype, gemms):
+        """Bring the copies up to date, if the masters have changed since: once per optimizer step."""
+        key = (dtype, gemms, *((w.data_ptr(), w._version) for w in self.masters))
+        if key == self.key:
+            return
+        if self.key is None or self.key[:2] != key[:2]:
+            self.low = self.rounded = self.rounded_t = self.inverse = None
+        first, shape = self.masters[0], (sum(len(w) for w in self.masters), self.masters[0].shape[1])
+        if not all(gemms):
+            if len(self.masters) == 1 and dtype == first.dtype:
+                self.low = first.detach()
+            else:
+                if self.low is None or self.low.device != first.device:
+                    self.low = first.new_empty(shape, dtype=dtype)
+                for part, master in zip(self.low.split([len(w) for w in self.masters]), self.masters):
+                    part.copy_(master)
+        if any(gemms):
+            if self.rounded is None or self.rounded.device != first.device:
+                self.rounded = torch.empty(shape, dtype=E4M3, device=first.device)
+                self.rounded_t = torch.empty(shape[::-1], dtype=E4M3, device=first.device)
+                self.inverse = torch.empty((), device=first.device)
+            amax = torch.stack(torch._foreach_norm(self.masters, float("inf"))).amax().clamp(min=1e-12)
+            scale = LARGEST[E4M3] / amax
+            start = 0
+            for master in self.masters:
+                rows = slice(start, start := start + len(master))
+                quantize_weight(master.detach(), scale, self.rounded[rows], self.rounded_t[:, rows])
+            self.inverse.copy_(1 / scale)
+        self.key = key
+
+
+class Scales:
+    """Delayed scales of every use of a block: `uses` x 8, the inputs of the four `SITES`, then their gradients.
+
+    The amax of a site leaves the compiled graph as the "gradient" of `probe`, a tensor of zeros that enters nowhere:
+    so it needs neither an output of its own nor a side effect, and micro-batches add up.
+    """
+
+    MARGIN = 2.0  # room above the largest value of the last steps; one bit of range, which floating point has to spare
+    START = (64.0, 0.01)  # amax of inputs and gradients before any was seen; E5M2 reaches 1e9 below its largest value
+
+    def __init__(self, uses, device="cpu", window=16):
+        start = torch.tensor(self.START, device=device).repeat_interleave(len(SITES))
+        self.largest = torch.tensor([LARGEST[E4M3], LARGEST[E5M2]], device=device).repeat_interleave(len(SITES))
+        self.history = start.expand(window, uses, -1).clone()
+        self.probe = torch.zeros(uses, 2 * len(SITES), device=device, requires_grad=True)
+        self.fresh = True  # nothing seen yet
+        self._rescale()
+
+    def _rescale(self):
+        scale = self.largest / (self.MARGIN * self.history.amax(0))
+        # cuBLAS wants the address of a scale to be a multiple of 16 bytes: they lie four floats apart
+        spread = lambda x: x[..., None].expand(*x.shape, 4).contiguous()[..., 0]  # noqa: E731
+        self.scale, self.unscale = spread(scale), spread(1 / scale)
+
+    def load(self, history):
+        """Go on with the `history` of a checkpoint."""
+        self.history, self.fresh = history.to(self.history.device), False
+        self._rescale()
+
+    def amax(self):
+        """The newest amax of every use of a block, {input or gradient: {site: [use, ...]}}."""
+        newest = self.history[0].unflatten(1, (2, -1)).permute(1, 2, 0).tolist()
+        return {kind: dict(zip(SITES, columns)) for kind, columns in zip(("input", "gradient"), newest)}
+
+    def of_uses(self):
+        """The (scale, unscale, probe) of every use, each (8,)."""
+        return list(zip(self.scale.unbind(), self.unscale.unbind(), self.probe.unbind()))
+
+    @torch.no_grad()
+    def update(self, micro_batches=1):
+        """Take up the amax that the backward passes of an optimizer step left in `probe`. Zeros (a layer whose weights
+        are still zero) and what is not finite (a step that is skipped) leave the history as it is."""
+        if self.probe.grad is None:
+            return
+        seen, newest = self.probe.grad / micro_batches, self.history[0]
+        seen = torch.where((seen > 0) & seen.isfinite(), seen, newest)
+        self.history = torch.cat([seen[None], seen.expand_as(self.history[1:]) if self.fresh else self.history[:-1]])
+        self.fresh, self.probe.grad = False, None
+        self._rescale()
+
+
+@torch.no_grad()
+def self_test(device):
+    """Why FP8 does not work on this device, or None: one GEMM and the SwiGLU kernels against their definitions."""
+    if device.type != "cuda":
+        return None  # emulated
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        return f"FP8 needs compute capability 8.9, this is {capability[0]}.{capability[1]}"
+    if triton is None:
+        return "Triton is not installed"
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 512, generator=generator).to(device) for _ in "ab")
+    one = torch.ones((), device=device)
+    try:
+        checks = {"GEMM": (matmul(a.to(E4M3), b.to(E4M3), one, one, torch.bfloat16), a @ b.t())}
+        checks["SwiGLU"] = swiglu_quantize(a.bfloat16(), one)[0], swiglu(a.bfloat16())
+        wide, wide_t, *_ = swiglu_gradient_quantize(b[:, :256].bfloat16().contiguous(), a.bfloat16(), one, one)
+        checks["SwiGLU gradient"] = wide, swiglu_gradient(b[:, :256], a)
+        checks["transposition"] = wide_t.float().t(), wide
+    except Exception as error:  # of the driver, cuBLAS or the compiler: whatever it is, bf16 remains
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for name, (result, expected) in checks.items():
+        result, expected = result.float(), expected.float()
+        if not (error := ((result - expected).norm() / expected.norm()).item()) < 0.1:
+            return f"the {name} is off by {error:.2g}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+
+def linear(x, weight, gemms=BF16, scales=None, site=0):
+    """x (..., k) through `weight`, (m, k): (..., m). scales: (scale, unscale, probe) of this use of the block."""
+    scales = (s[site :: len(SITES)] for s in scales) if scales else (None,) * 3
+    copies = weight.low, weight.rounded, weight.rounded_t, weight.inverse
+    y = _Linear.apply(x.flatten(0, -2), *copies, *scales, gemms, *weight.masters)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def mlp(x, gate_up, down, gemms=BF16, scales=None):
+    """SwiGLU of x (..., D): down(silu(gate x) * up x), the two matrices of `gate_up` one product (Shazeer 2020, arXiv
+    2002.05202). The backward pass keeps gate x and up x and recomputes their product."""
+    scales = (s.unflatten(0, (2, -1))[:, 2:] for s in scales) if scales else (None,) * 3
+    copies = [c for w in (gate_up, down) for c in (w.low, w.rounded, w.rounded_t, w.inverse)]
+    y = _Mlp.apply(x.flatten(0, -2), *copies, *scales, gemms, *gate_up.masters, *down.masters)
+    return y.unflatten(0, x.shape[:-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, low, rounded, rounded_t, inverse, scale, unscale, probe, gemms, *masters):
+        amax = x8 = None
+        if gemms.forward or gemms.weight_grad:
+            x8, amax = quantize(x, scale[0], E4M3)
+        ctx.gemms, ctx.rows = gemms, [len(w) for w in masters]
+        kept = x8 if gemms.weight_grad else x
+        ctx.save_for_backward(kept, low, rounded_t, inverse, scale, unscale, amax)
+        return matmul(x8, rounded, unscale[0], inverse, x.dtype) if gemms.forward else matmul(x, low)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, low, rounded_t, inverse, scale, unscale, amax = ctx.saved_tensors
+        gemms, seen, g8 = ctx.gemms, None, None
+        if gemms.input_grad or gemms.weight_grad:
+            g8, g8_t, g_amax = quantize_transpose(grad, scale[1])
+            seen = torch.stack([g_amax if amax is None else amax, g_amax])
+        if gemms.input_grad:
+            dx = matmul(g8, rounded_t, unscale[1], inverse, grad.dtype)
+        else:
+            dx = matmul(grad, low.t())
+        if gemms.weight_grad:
+            dw = matmul(g8_t, transpose(x), unscale[1], unscale[0], torch.float32)
+        else:
+            dw = matmul(grad.t(), x.t()).float()
+        return dx, *(None,) * 6, seen, None, *dw.split(ctx.rows)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, low1, rounded1, rounded1_t, inverse1, low2, rounded2, rounded2_t, inverse2, scale, unscale, probe,
+        gemms, *masters,
+    ):  # fmt: skip
+        """1: gate and up, 2: down; scale[0] of their inputs, scale[1] of their gradients."""
+        x8 = amax = None
+        if gemms.forward or gemms.weight_grad:
+            x8, amax1 = quantize(x, scale[0, 0], E4M3)
+        wide = matmul(x8, rounded1, unscale[0, 0], inverse1, x.dtype) if gemms.forward else matmul(x, low1)
+        if gemms.forward:
+            product, amax2 = swiglu_quantize(wide, scale[0, 1])
+            y = matmul(product, rounded2, unscale[0, 1], inverse2, x.dtype)
+        else:
+            product = swiglu(wide)
+            amax2 = product.abs().amax(-1).amax()
+            y = matmul(product.to(x.dtype), low2)
+        if any(gemms):
+            amax = torch.stack([amax1 if x8 is not None else amax2, amax2])
+        ctx.gemms, ctx.rows = gemms, [len(w) for w in masters]
+        kept = x8 if gemms.weight_grad else x
+        ctx.save_for_backward(kept, wide, low1, rounded1_t, inverse1, low2, rounded2_t, inverse2, scale, unscale, amax)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, wide, low1, rounded1_t, inverse1, low2, rounded2_t, inverse2, scale, unscale, amax = ctx.saved_tensors
+        gemms, seen = ctx.gemms, None
+        rounding = gemms.input_grad or gemms.weight_grad
+        if rounding:
+            g8, g8_t, g_amax = quantize_transpose(grad, scale[1, 1])
+        if gemms.input_grad:
+            d_product = matmul(g8, rounded2_t, unscale[1, 1], inverse2, grad.dtype)
+        else:
+            d_product = matmul(grad, low2.t())
+        d_wide = product = None
+        if not all(gemms):
+            product = swiglu(wide).to(grad.dtype)
+            d_wide = swiglu_gradient(d_product.float(), wide).to(grad.dtype)
+        if rounding:
+            d8, d8_t, product8_t, d_amax = swiglu_gradient_quantize(d_product, wide, scale[0, 1], scale[1, 0])
+            seen = torch.stack([torch.zeros_like(scale[1]) if amax is None else amax, torch.stack([d_amax, g_amax])])
+        if gemms.input_grad:
+            dx = matmul(d8, rounded1_t, unscale[1, 0], inverse1, grad.dtype)
+        else:
+            dx = matmul(d_wide, low1.t())
+        if gemms.weight_grad:
+            dw1 = matmul(d8_t, transpose(x), unscale[1, 0], unscale[0, 0], torch.float32)
+            dw2 = matmul(g8_t, product8_t, unscale[1, 1], unscale[0, 1], torch.float32)
+        else:
+            dw1 = matmul(d_wide.t(), x.t()).float()
+            dw2 = matmul(grad.t(), product.t()).float()
+        return dx, *(None,) * 10, seen, None, *dw1.split(ctx.rows[:-1]), dw2
+
+
+# ------------------------------------------------------------------------------------------------- tied head
+
+
+def cross_entropy(x, weight, padding, targets, weights, gemms=BF16, chunk=4096, compiled=False):
+    """sum(weights * nll), and nll (m,) float32 in nats without gradient, of logits = x @ weight.T + padding.
+
+    x: (m, D), normalised, so that no element exceeds sqrt(D). The logits exist for `chunk` rows at a time: the forward
+    pass of a chunk also makes its gradients, which the backward pass only scales (as Liger Kernel does, Hsu et al.
+    2024, arXiv 2410.10989).
+    """
+    copies = weight.low, weight.rounded, weight.rounded_t, weight.inverse
+    (master,) = weight.masters
+    return _CrossEntropy.apply(
+        x, *copies, padding.to(x.dtype), targets, weights, gemms, chunk, compiled, torch.is_grad_enabled(), master
+    )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, low, rounded, rounded_t, inverse, padding, targets, weights, gemms, chunk, compiled, with_grad, master
+    ):  # fmt: skip
+        nll = x.new_empty(len(x), dtype=torch.float32)
+        dx = torch.empty_like(x) if with_grad else None
+        dw = torch.zeros_like(master) if with_grad else None
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            of_chunk = [None if part is None else part[rows] for part in (x, targets, weights, nll, dx)]
+            (_compiled_chunk if compiled else _chunk)(*of_chunk, dw, low, rounded, rounded_t, inverse, padding, gemms)
+        ctx.save_for_backward(dx, dw)
+        ctx.mark_non_differentiable(nll)
+        return (weights * nll).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        dx, dw = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), *(None,) * 11, dw.mul_(grad)
+
+
+def _chunk(x, targets, weights, nll, dx, dw, low, rounded, rounded_t, inverse, padding, gemms):
+    """The cross-entropy of some rows, into nll, dx and dw."""
+    scale = LARGEST[E4M3] / x.shape[1] ** 0.5  # of a normalised vector: no amax needed
+    unscale = torch.full((), 1 / scale, device=x.device)
+    x8 = (x.float() * scale).clamp(-448.0, 448.0).to(E4M3) if gemms.forward or gemms.weight_grad else None
+    if gemms.forward:
+        logits = matmul(x8, rounded, unscale, inverse, x.dtype, padding)
+    else:
+        logits = matmul(x, low, bias=padding)
+    lse = log_sum_exp(logits)
+    nll.copy_(lse - logits.gather(1, targets[:, None])[:, 0].float())
+    if dx is None:
+        return
+    if gemms.input_grad or gemms.weight_grad:
+        g_scale = LARGEST[E5M2] / weights.abs().amax().clamp(min=1e-30)  # probabilities are at most 1
+        g8, g8_t = softmax_gradient_quantize(logits, lse, targets, weights, g_scale)
+    if not (gemms.input_grad and gemms.weight_grad):
+        grad = softmax_gradient(logits, lse, targets, weights).to(x.dtype)
+    if gemms.input_grad:
+        dx.copy_(matmul(g8, rounded_t, 1 / g_scale, inverse, x.dtype))
+    else:
+        dx.copy_(matmul(grad, low.t()))
+    if gemms.weight_grad:
+        dw.add_(matmul(g8_t, transpose(x8), 1 / g_scale, unscale, x.dtype))
+    else:
+        dw.add_(matmul(grad.t(), x.t()))
+
+
+_compiled_chunk = torch.compile(_chunk, dynamic=False)

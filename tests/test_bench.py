@@ -1,0 +1,200 @@
+"""The benchmark: the naive peer is the model, the limit's products are its FLOPs, and the command ends in JSON."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+import data
+from config import ConfigError
+from model import ModelConfig, RecurrentTransformer
+
+V = 97
+TINY = ["--model.width=32", "--model.heads=2", "--model.hidden=48", "--model.max_depth=3"]
+TINY += ["--model.vocab_size=97", "--model.document_start=0"]
+
+
+def build(**changes):
+    """The model and its naive twin, with every weight disturbed, so that steps, gains and halting all matter."""
+    torch.manual_seed(0)
+    settings = dict(width=32, heads=4, hidden=48, max_depth=5, halting_bias=-1.2, vocab_size=V, document_start=0)
+    model = RecurrentTransformer(ModelConfig(**settings | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.15 * torch.randn_like(p)
+    naive = bench.Naive(model.config)
+    naive.load_state_dict(model.state_dict())
+    return model, naive
+
+
+@pytest.mark.parametrize("changes", [{}, {"cross_documents": True}], ids=["documents", "no documents"])
+@pytest.mark.parametrize("memory", [0, 7, 24])
+def test_the_naive_peer_is_the_model(changes, memory):
+    """Over three segments of 12 tokens: loss, gradients of all weights, what is visible; memory starts empty."""
+    pair = build(**changes)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, V, (3, 37), generator=generator)
+    tokens[torch.rand(3, 37, generator=generator) < 0.08] = 0
+    losses, contexts = [], []
+    for model in pair:
+        state = model.new_memory(3, memory)
+        losses.append([]), contexts.append([])
+        for start in (0, 12, 24):
+            out = model(tokens[:, start : start + 12], tokens[:, start + 1 : start + 13], state)
+            out.loss.backward()
+            state = out.memory
+            losses[-1].append(out.loss.item()), contexts[-1].append(float(out.context))
+            if isinstance(model, RecurrentTransformer):
+                assert len(out.depth.unique()) > 1  # otherwise nothing would be frozen
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert contexts[1] == pytest.approx(contexts[0])
+    expected, found = ({name: p.grad for name, p in model.named_parameters()} for model in pair)
+    assert expected.keys() == found.keys()
+    for name, grad in expected.items():
+        assert grad.abs().max() > 1e-4
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("changes", [{"prelude": 1}, {"halting": "fixed"}, {"step_gains": False}])
+def test_the_naive_peer_refuses_other_models(changes):
+    with pytest.raises(ConfigError, match=f"model.{min(changes)} = "):
+        bench.Naive(ModelConfig(width=32, heads=4, hidden=48, **changes))
+
+
+# ------------------------------------------------------------------------------------------------- the limit
+
+MODELS = [{}, {"prelude": 1, "coda": 2, "recur": 2}, {"injection": "concat_linear"}, {"share": False}]
+
+
+@pytest.mark.parametrize("changes", MODELS)
+@pytest.mark.parametrize("rows", [64, 16384, 5000])
+def test_the_limit_counts_the_flops_of_the_model(changes, rows):
+    config = ModelConfig(width=32, heads=2, hidden=48, max_depth=3, vocab_size=V, document_start=0, **changes)
+    found = sum(2 * g.m * g.n * g.k * g.calls for g in bench.model_gemms(config, rows))
+    assert found == 3 * rows * RecurrentTransformer(config).flops_per_token(3, context=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_products_have_the_shapes_that_they_say(dtype, monkeypatch):
+    products, matmul = [], bench.fp8.matmul
+    monkeypatch.setattr(bench.fp8, "matmul", lambda *args: products.append((args[0], matmul(*args))))
+    for kind in ("forward", "input", "weight"):
+        gemm = bench.Gemm("any", kind, 16, 32, 48, 1)
+        assert bench.gemm_seconds(gemm, dtype, torch.device("cpu"), repeats=1) > 0
+        a, product = products[-1]
+        assert a.shape == (16, 48) and product.shape == (16, 32)
+        assert (a.dtype == torch.float8_e5m2) == (dtype != torch.float32 and kind != "forward")
+
+
+def test_muon_runs_seven_matrices_five_times():
+    shared = list(bench.muon_gemms(ModelConfig(width=1280, hidden=10240)))
+    assert sum(g.calls for g in shared) == 3 * 5 * 7
+    assert max(g.k for g in shared) == 10240  # X X' of the wide ones
+    own = list(bench.muon_gemms(ModelConfig(max_depth=4, share=False)))
+    assert sum(g.calls for g in own) == 4 * 3 * 5 * 7
+
+
+# ------------------------------------------------------------------------------------------------- the profile
+
+
+def test_kernels_find_their_group():
+    kernels = {
+        "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT": (3.0, 8), "sm90_xmma_gemm_bf16bf16_bf16f32": (1.0, 1),
+        "void pytorch_flash::flash_fwd_kernel<cutlass::bfloat16_t>": (2.0, 8), "_query_kernel": (1.0, 8),
+        "triton_red_fused__scaled_dot_product_flash_attention_mm_3": (0.5, 1), "_swiglu_gradient_kernel": (0.25, 8),
+        "void at::native::vectorized_elementwise_kernel<4>": (0.125, 9), "Memcpy HtoD (Pageable -> Device)": (0.125, 1),
+    }  # fmt: skip
+    found = bench.breakdown(kernels, step_ms=9.0)
+    assert list(found["groups_ms"].values()) == [0.5, 0.25, 3.0, 4.0, 0.25, 1.0]  # the last is idle
+    assert found["longest"][0] == {"name": "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "ms": 3.0, "calls": 8}
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout and stderr of `bench.py train` at a tiny size."""
+    small = ["--device=cpu", "--batch=2", "--segment=16", "--rounds=2", "--steps=1"]
+    try:
+        status = bench.main(["train", *small, *arguments])
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, *capsys.readouterr()
+
+
+def test_the_last_line_has_every_figure(capsys):
+    status, out, err = run(capsys, *TINY, "--memory=16,40")
+    assert status == 0 and "round 2 of 2" in err
+    *table, last = out.splitlines()
+    for start in ("memory ", "peer ", "naive ", "limit fp8 with muon "):
+        assert sum(line.startswith(start) for line in table) == 2
+    result = json.loads(last)
+    assert result["model"]["width"] == 32 and result["device"] == "cpu" and result["torch"] == torch.__version__
+    assert [section["memory"] for section in result["sections"]] == [16, 40]
+    for section in result["sections"]:
+        assert list(section["peers"]) == list(bench.PEERS)
+        assert section["limits"].keys() == {"bf16", "fp8", "muon"} and section["profile"] == {}
+        for name, peer in section["peers"].items():
+            assert len(peer["rounds_ms"]) == 2 and peer["peak_gib"] is None and not peer["out_of_memory"]
+            assert min(peer["ms"], peer["tokens_per_second"], peer["tflops"], peer["versus_bf16"]) > 0
+            limit = section["limits"]["fp8" if name == "fp8" else "bf16"]
+            assert peer["share_of_limit"] == pytest.approx(limit["ms"] / peer["ms"], rel=1e-4)
+    peers = result["sections"][0]["peers"]
+    assert peers["naive"]["first_loss"] == pytest.approx(peers["bf16"]["first_loss"], abs=1e-4)
+    assert peers["fp8"]["first_loss"] == pytest.approx(peers["bf16"]["first_loss"], abs=0.05)
+    assert peers["naive"]["context"] == pytest.approx(peers["bf16"]["context"]) == peers["stacked"]["context"]
+    assert peers["naive"]["parameters"] == peers["bf16"]["parameters"] < peers["stacked"]["parameters"]
+
+
+def test_real_text(capsys, prepared):
+    def context(*arguments):
+        status, out, _ = run(capsys, *TINY[:4], "--memory=16", "--peers=bf16", f"--text={prepared}", *arguments)
+        assert status == 0
+        return json.loads(out.splitlines()[-1])["sections"][0]["peers"]["bf16"]["context"]
+
+    assert context() < 24
+    assert context("--documents=none") == 24.5  # all of the memory, and on average half of the segment
+
+
+def test_random_documents_have_their_mean_length():
+    arguments = bench.argparse.Namespace(batch=8, segment=500, documents=50)
+    config = ModelConfig()
+    batches = bench.make_batches(arguments, config, None, 10)
+    tokens = torch.cat([tokens for tokens, _ in batches], 1)
+    assert tokens.shape == (8, 5000) and tokens.max() < data.VOCAB_SIZE
+    assert torch.equal(torch.cat([targets for _, targets in batches], 1)[:, :-1], tokens[:, 1:])
+    assert (tokens == data.EOT).float().mean().item() == pytest.approx(1 / 50, rel=0.2)
+
+
+def test_a_peer_without_memory_does_not_end_the_others(capsys, monkeypatch):
+    def full(self, *_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(bench.Naive, "forward", full)
+    status, out, err = run(capsys, *TINY, "--memory=16", "--peers=naive,bf16")
+    peers = json.loads(out.splitlines()[-1])["sections"][0]["peers"]
+    assert status == 0 and "naive: out of memory" in err
+    assert peers["naive"] == {"out_of_memory": True} and peers["bf16"]["ms"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--peers=bf16,fp4"], "no peer 'fp4'; known peers: naive, bf16"),
+        (["--memory=512,x"], "'x' must be a whole number"),
+        (["--batch=0"], "'0' must be a whole number, at least 1"),
+        (["--text=/nowhere"], "/nowhere: not prepared yet"),
+        (["configs/none.toml"], "configs/none.toml: no such config file"),
+        (["--model.widht=64"], "unknown key 'model.widht' (did you mean 'width'?)"),
+        (["--model.width=64"], "'width' 64 must be 'heads'"),
+        (["--train.segment=64"], "unknown argument '--train.segment=64'"),
+        (["--model.halting=fixed"], "the naive peer does not know model.halting = fixed"),
+        (["--device=tpu"], "the device 'tpu' cannot be used"),
+        (["--profile"], "--profile needs a GPU"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and not out
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
