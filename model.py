@@ -272,13 +272,13 @@ class RecurrentTransformer(nn.Module):
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
         thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
         thresholds[-1:].fill_(-math.inf)  # a number assigned would wait for the device
+        gains = [[None] * R] * N if self.gains is None else [g.unbind() for g in self.gains.unbind()]
+        inject = self.inject.unbind() if self.config.injection == "gain" else [None] * N
         for n in range(steps):
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
-            gains = [None] * R if self.gains is None else self.gains[n].unbind()
             gemms_of_step = list(itertools.islice(gemms, R))
-            inject = self.inject[n] if self.config.injection == "gain" else None
-            arguments = blocks, gains, inject, h, e, rope, spans, pasts, gemms_of_step, kvs, state, thresholds[n]
+            arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms_of_step, kvs, state, thresholds[n]
             if training and self.recompute == "step":
                 h, kvs, state, weight = checkpoint(self.step, *arguments, use_reentrant=False)
             else:

@@ -48,13 +48,19 @@ def build_optimizers(model, optim, compiled=False):
     """Muon over the matrices of the blocks and AdamW over all else, as {name: optimizer}."""
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and name.split(".")[0] in BLOCKS}
     others = {name: p for name, p in model.named_parameters() if name not in matrices}
-    return {
+    optimizers = {
         "muon": Muon(matrices.items(), optim.lr, optim.weight_decay, optim.momentum, compiled),
-        "adamw": torch.optim.AdamW(
-            others.items(), lr=optim.adamw_lr, betas=optim.betas, weight_decay=0.0,
-            fused=model.embedding.weight.is_cuda,
-        ),
-    }  # fmt: skip
+        "adamw": torch.optim.AdamW(others.items(), optim.adamw_lr, optim.betas, weight_decay=0.0, fused=True),
+    }
+    for optimizer in optimizers.values():
+        optimizer.register_step_post_hook(_mark_changed)
+    return optimizers
+
+
+def _mark_changed(optimizer, *_):
+    """Raise the version counters of the parameters, by which `fp8.Weight` goes: fused and compiled updates do not."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 class Muon(torch.optim.Optimizer):
@@ -80,6 +86,7 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 lr = torch.full((), group["lr"], device=params[0].device)  # a number would compile anew at every step
                 self.update(params, [p.grad for p in params], buffers, lr, group["weight_decay"], group["momentum"])
+                torch.autograd.graph.increment_version(params)  # compiled code does not, and `fp8.Weight` goes by it
 
 
 def _muon_update(params, grads, buffers, lr, weight_decay, momentum):
