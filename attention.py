@@ -282,7 +282,7 @@ def _config(name, device, d):
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
 
 
-def _launch(kernel):
+def launch(kernel):
     """The kernel, visible to torch.compile; the interpreter's kernels cannot be."""
     return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
@@ -301,7 +301,7 @@ def _query_pass(name, q, k, v, keys, values, first, offset, out, lse, grad, delt
     strides = [s for x in inputs for s in x.stride()[:3]]
     config = _config(name, q.device, d)
     grid = (B * H * -(-T // config["BLOCK_M"]),)
-    _launch(_query_kernel)[grid](
+    launch(_query_kernel)[grid](
         *inputs, first, offset, out, lse, grad, delta, dq, H, T, M, *strides,
         MEMORY=M > 0, GRADIENT=name == "dq", HEAD=d, SCALE=d**-0.5, **config,
     )  # fmt: skip
@@ -314,7 +314,7 @@ def _key_pass(q, k, v, last, lse, grad, delta, dk, dv):
     strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     config = _config("dkdv", q.device, d)
     grid = (B * H * -(-T // config["BLOCK_N"]),)
-    _launch(_key_kernel)[grid](
+    launch(_key_kernel)[grid](
         q, k, v, last, lse, grad, delta, dk, dv, H, T, *strides, HEAD=d, SCALE=d**-0.5, **config
     )  # fmt: skip
 

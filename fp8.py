@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from attention import launch
+
 try:
     import triton
     import triton.language as tl
@@ -58,7 +60,9 @@ def _scaled_matmul(
 ) -> torch.Tensor:  # fmt: skip
     """An operator of our own: torch.compile's lowering of _scaled_mm refuses scales that are views (torch 2.11)."""
     if a.is_cuda:
-        return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, bias=bias, out_dtype=dtype, use_fast_accum=True)
+        # Hopper's fast accumulation keeps about 14 bits of a sum: not for long ones, where it is hardly faster either
+        fast = a.shape[1] <= 4096
+        return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, bias=bias, out_dtype=dtype, use_fast_accum=fast)
     product = a.float() @ b.float().t() * (inverse_a * inverse_b)
     return (product if bias is None else product + bias).to(dtype)
 
@@ -78,9 +82,14 @@ def quantize(x, scale, dtype):
 # Each has its definition in PyTorch beside it, which is also what runs without a GPU.
 
 
+def on_kernels(x):
+    """Whether Triton runs on the device of x (or interprets its kernels, in tests)."""
+    return triton is not None and (x.is_cuda or triton.knobs.runtime.interpret)
+
+
 def transpose(x):
     """x (m, n) FP8 as (n, m), contiguous."""
-    if triton is None or not x.is_cuda:
+    if not on_kernels(x):
         return x.t().contiguous()
     return _transpose(x)
 
@@ -100,7 +109,7 @@ def swiglu_gradient(grad, gate_up):
 
 def swiglu_quantize(gate_up, scale):
     """`swiglu` in E4M3 (m, F), and its amax."""
-    if triton is None or not gate_up.is_cuda:
+    if not on_kernels(gate_up):
         return quantize(swiglu(gate_up), scale, E4M3)
     product, amax = _swiglu_quantize(gate_up, scale)
     return product, amax.amax()
@@ -109,7 +118,7 @@ def swiglu_quantize(gate_up, scale):
 def swiglu_gradient_quantize(grad, gate_up, scale, grad_scale):
     """What the backward pass needs, in one read: the gradient of gate_up in E5M2, as (m, 2 F) and transposed; the
     product of the forward pass in E4M3, transposed, (F, m), recomputed; and the amax of the gradient."""
-    if triton is None or not gate_up.is_cuda:
+    if not on_kernels(gate_up):
         wide, amax = quantize(swiglu_gradient(grad.float(), gate_up), grad_scale, E5M2)
         return wide, transpose(wide), transpose(quantize(swiglu(gate_up), scale, E4M3)[0]), amax
     wide, wide_t, product_t, amax = _swiglu_gradient_quantize(grad, gate_up, scale, grad_scale)
@@ -118,14 +127,14 @@ def swiglu_gradient_quantize(grad, gate_up, scale, grad_scale):
 
 def log_sum_exp(logits):
     """Of every row of logits (m, V), float32."""
-    if triton is None or not logits.is_cuda:
+    if not on_kernels(logits):
         return logits.float().logsumexp(-1)
     return _log_sum_exp(logits)
 
 
 def softmax_gradient_quantize(logits, lse, targets, weights, scale):
     """weights * (softmax(logits) - onehot(targets)) * scale in E5M2, (m, V) and transposed; all but logits are (m,)."""
-    if triton is None or not logits.is_cuda:
+    if not on_kernels(logits):
         grad = softmax_gradient(logits, lse, targets, weights * scale).to(E5M2)
         return grad, transpose(grad)
     return _softmax_gradient_quantize(logits, lse, targets, weights * scale)
@@ -139,7 +148,7 @@ def softmax_gradient(logits, lse, targets, weights):
 
 def quantize_transpose(x, scale):
     """`quantize` of a gradient x (m, n) to E5M2, as (m, n) and transposed, in one read; and its amax."""
-    if triton is None or not x.is_cuda:
+    if not on_kernels(x):
         rounded, amax = quantize(x, scale, E5M2)
         return rounded, transpose(rounded), amax
     rounded, rounded_t, amax = _quantize_transpose(x.contiguous(), scale)
@@ -148,7 +157,7 @@ def quantize_transpose(x, scale):
 
 def quantize_weight(weight, scale, out, out_t):
     """Round weight (m, n) float32 into out (m, n) and out_t (n, m), views of E4M3, in one read."""
-    if triton is None or not weight.is_cuda:
+    if not on_kernels(weight):
         out.copy_((weight * scale).clamp(-448.0, 448.0).to(E4M3))
         out_t.copy_(out.t())
         return
@@ -166,8 +175,8 @@ if triton is not None:
         column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         return row, column, (row < m)[:, None] & (column < n)[None, :]
 
-    # Tiles that are transposed are rounded by hand, to bytes: after the FP8 instruction of sm_90, ptxas 12.8 reads some
-    # of the bytes that it moves to other threads before they are computed (Triton 3.6; `self_test` found it).
+    # Rounding is by hand, to bytes: after the FP8 instruction of sm_90, ptxas 12.8 reads some bytes of a tile that is
+    # transposed before they are computed (Triton 3.6; `self_test` found it).
 
     @triton.jit
     def _e5m2(x):
@@ -227,8 +236,8 @@ if triton is not None:
         gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
         product = gate * tl.sigmoid(gate) * up
-        scaled = tl.clamp(product * tl.load(scale), -448.0, 448.0)
-        tl.store(out + row[:, None] * n + column[None, :], scaled.to(tl.float8e4nv), mask=inside)
+        scaled = _e4m3(tl.clamp(product * tl.load(scale), -448.0, 448.0))
+        _store_bytes(out + row[:, None] * n + column[None, :], scaled, inside)
         tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(product)))
 
     @triton.jit
@@ -297,7 +306,7 @@ if triton is not None:
     def _transpose(x: torch.Tensor) -> torch.Tensor:
         (m, n), block = x.shape, 64
         out = x.new_empty(n, m)
-        kernel = torch.library.wrap_triton(_transpose_kernel)
+        kernel = launch(_transpose_kernel)
         kernel[_grid(m, n, block, block)](x, out, m, n, BLOCK=block, num_warps=4)
         return out
 
@@ -307,7 +316,7 @@ if triton is not None:
         out = torch.empty(m, n, dtype=E5M2, device=x.device)
         out_t = torch.empty(n, m, dtype=E5M2, device=x.device)
         amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
-        kernel = torch.library.wrap_triton(_quantize_transpose_kernel)
+        kernel = launch(_quantize_transpose_kernel)
         kernel[grid](x, scale, out, out_t, amax, m, n, BLOCK=block, num_warps=4)
         return out, out_t, amax
 
@@ -317,7 +326,7 @@ if triton is not None:
         grid = _grid(m, n, *block)
         out = torch.empty(m, n, dtype=E4M3, device=gate_up.device)
         amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=gate_up.device)
-        kernel = torch.library.wrap_triton(_swiglu_kernel)
+        kernel = launch(_swiglu_kernel)
         kernel[grid](gate_up, scale, out, amax, m, n, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=4)
         return out, amax
 
@@ -331,7 +340,7 @@ if triton is not None:
         wide_t = torch.empty(2 * n, m, dtype=E5M2, device=grad.device)
         product_t = torch.empty(n, m, dtype=E4M3, device=grad.device)
         amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=grad.device)
-        kernel = torch.library.wrap_triton(_swiglu_gradient_kernel)
+        kernel = launch(_swiglu_gradient_kernel)
         kernel[grid](
             grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
             BLOCK_M=block[0], BLOCK_N=block[1], num_warps=8,
@@ -340,7 +349,7 @@ if triton is not None:
 
     def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        kernel = torch.library.wrap_triton(_log_sum_exp_kernel)
+        kernel = launch(_log_sum_exp_kernel)
         kernel[(len(logits),)](logits, out, logits.shape[1], BLOCK=4096, num_warps=8)
         return out
 
@@ -350,7 +359,7 @@ if triton is not None:
         (m, n), block = logits.shape, (64, 64)
         out = torch.empty(m, n, dtype=E5M2, device=logits.device)
         out_t = torch.empty(n, m, dtype=E5M2, device=logits.device)
-        kernel = torch.library.wrap_triton(_softmax_gradient_kernel)
+        kernel = launch(_softmax_gradient_kernel)
         kernel[_grid(m, n, *block)](
             logits, lse, targets, weights, out, out_t, m, n, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=4
         )

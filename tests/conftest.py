@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,29 @@ from model import ModelConfig, RecurrentTransformer
 # Tensors this small gain nothing from a second thread, and threads that wait for each other on a busy two-core machine
 # make the tests seven times slower.
 torch.set_num_threads(1)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
+        original(tensor, scope)  # its __index__ takes an array of one number for a scalar, which numpy 2.4 refuses
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+@pytest.fixture(scope="session")
+def interpret():
+    """Runs a test file once more, with Triton's kernels interpreted: that is decided when Triton is imported."""
+
+    def run(file):
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run(command, env=environment, cwd=Path(file).parents[1], capture_output=True, text=True)
+        assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-5000:] + result.stderr[-5000:]
+
+    return run
 
 
 @pytest.fixture(scope="session")

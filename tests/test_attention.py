@@ -5,8 +5,6 @@ runs this file once more.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -33,23 +31,9 @@ BLOCKS = {  # of queries and of keys
 }
 
 
-if INTERPRETED:
-    from triton.runtime import interpreter
-
-    def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
-        original(tensor, scope)  # its __index__ takes an array of one number for a scalar, which numpy 2.4 refuses
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_tensor
-
-
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    folder = os.path.dirname(attention.__file__)
-    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-5000:]
+def test_in_the_interpreter(interpret):
+    interpret(__file__)
 
 
 @pytest.fixture

@@ -216,7 +216,48 @@ def test_the_random_state_and_the_optimizers_are_restored(reference, tmp_path, m
     assert all(torch.equal(restored[key], saved[key]) for key in restored)
 
 
+def test_fp8_training_resumes_bit_for_bit(workplace, monkeypatch):
+    """Its scales come from the steps before, and are a part of the checkpoint."""
+    fp8 = "--train.dtype=fp8"
+    assert run(monkeypatch, fp8, "--out=whole") == 0
+    train_step = train.Trainer.train_step
+
+    def interrupted(self):
+        metrics = train_step(self)
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return metrics
+
+    monkeypatch.setattr(train.Trainer, "train_step", interrupted)
+    assert run(monkeypatch, fp8) == 0 and run(monkeypatch, fp8) == 0
+    assert curve(workplace) == curve(workplace, "whole")
+    amax = [line["amax"] for line in curve(workplace) if line["event"] == "fp8"]
+    assert len(amax) == 3 and [len(x) for x in amax[-1]["gradient"].values()] == [3] * 4  # of every site and step
+
+
 # ------------------------------------------------------------------------------------------------ what is computed
+
+
+def test_fp8_trains_nearly_as_float32_does(workplace, reference, monkeypatch):
+    assert run(monkeypatch, "--train.dtype=fp8") == 0
+    ours, theirs = ([line["loss"] for line in curve(f) if line["event"] == "train"] for f in (workplace, reference))
+    assert ours != theirs and ours == pytest.approx(theirs, abs=0.02)
+
+
+def test_where_fp8_does_not_work_training_says_why_and_goes_on_without(workplace, reference, monkeypatch, capsys):
+    monkeypatch.setattr(train.fp8, "self_test", lambda device: "the GEMM is off by 0.5")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert run(monkeypatch, "--train.dtype=fp8") == 0
+    assert "FP8 is off, training in bfloat16: Some GPU: the GEMM is off by 0.5" in capsys.readouterr().err
+    assert_same_run(workplace, reference)
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "step"])
+def test_recomputing_activations_changes_nothing(workplace, reference, monkeypatch, recompute):
+    assert run(monkeypatch, f"--train.recompute={recompute}") == 0
+    assert_same_run(workplace, reference)
+
+
 
 
 def test_what_a_run_reports(reference):
@@ -370,6 +411,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ("--train.batchsize=8", "did you mean 'batch_size'"),
         ("--train.tokens=10", "less than one step"),
         ("--train.memory=[[0.5, 16]]", "'memory' must be"),
+        ('--train.fp8_gemms=["forwards"]', "'fp8_gemms' has 'forwards'; known are forward, input_grad, weight_grad"),
         ("--train.micro_batch=3", "must be a multiple of 'train.micro_batch' 3"),
         ("--train.target_depth=9", "must lie in 1..3"),
         ("--model.halting=fixed", "cannot be steered"),

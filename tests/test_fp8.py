@@ -1,0 +1,269 @@
+"""FP8 training: kernels against their definitions, gradients, weights and scales. On a CPU GEMMs are emulated.
+
+Kernels run on a GPU or, in a process of its own, in Triton's interpreter.
+"""
+
+import itertools
+import math
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import fp8
+import optim
+from model import ModelConfig, RecurrentTransformer
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+has_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+runs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU")
+
+
+@has_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_the_interpreter(interpret):
+    interpret(__file__)
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Results of a function with the kernels and with their definitions."""
+
+    def run(function, *arguments):
+        fast = function(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(fp8, "on_kernels", lambda x: False)
+            return fast, function(*arguments)
+
+    return run
+
+
+def same(fast, definition):
+    """FP8 tensors may differ by one step of the format, in few elements: exponentials round differently."""
+    assert fast.dtype == definition.dtype and fast.shape == definition.shape
+    fast, definition = fast.float(), definition.float()
+    assert (fast != definition).sum() <= max(2, 0.01 * fast.numel())
+    torch.testing.assert_close(fast, definition, rtol=0.26, atol=0.01 * definition.abs().max().item())
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", [(64, 128), (70, 50), (1, 33)])
+def test_kernels_equal_their_definitions(both, shape):
+    torch.manual_seed(0)
+    m, n = shape
+    scalar = lambda x: torch.tensor(x, device=DEVICE)  # noqa: E731
+    wide = 2 * torch.randn(m, 2 * n, device=DEVICE, dtype=torch.bfloat16)
+    grad = 1e-5 * torch.randn(m, n, device=DEVICE, dtype=torch.bfloat16)
+    targets, weights = torch.randint(0, n, (m,), device=DEVICE), torch.rand(m, device=DEVICE)
+    lse = torch.logsumexp(wide[:, :n].float(), 1)
+    for function, *arguments in (
+        (fp8.swiglu_quantize, wide, scalar(20.0)),
+        (fp8.swiglu_gradient_quantize, grad, wide, scalar(20.0), scalar(1e8)),
+        (fp8.quantize_transpose, grad, scalar(1e8)),
+        (fp8.softmax_gradient_quantize, wide[:, :n].contiguous(), lse, targets, weights, scalar(57344.0)),
+    ):
+        for fast, definition in zip(*both(function, *arguments)):
+            same(fast, definition) if fast.dtype.itemsize == 1 else torch.testing.assert_close(fast, definition)
+    torch.testing.assert_close(*both(fp8.log_sum_exp, wide))
+    same(*both(fp8.transpose, wide.to(fp8.E4M3)))
+
+
+@runs_kernels
+def test_every_fp8_number_survives_rounding_by_hand():
+    """Over the whole range, subnormal numbers and ties included."""
+    for dtype, largest in fp8.LARGEST.items():
+        numbers = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(dtype).float()
+        numbers = numbers[numbers.abs() <= largest].sort().values
+        between = torch.lerp(numbers[:-1], numbers[1:], torch.linspace(0, 1, 9, device=DEVICE)[:, None])
+        one = torch.ones((), device=DEVICE)
+        if dtype == fp8.E5M2:
+            result = fp8.quantize_transpose(between, one)[:2]
+        else:
+            result = [torch.empty(shape, dtype=dtype, device=DEVICE) for shape in (between.shape, between.shape[::-1])]
+            fp8.quantize_weight(between, one, *result)
+        assert torch.equal(result[0].float(), between.to(dtype).float())
+        assert torch.equal(result[1].float(), result[0].float().t())
+
+
+@runs_kernels
+def test_values_beyond_the_range_saturate(both):
+    x = torch.tensor([[1e6, -1e6, 3.0, 0.0]], device=DEVICE)
+    for fast, definition in zip(*both(fp8.quantize_transpose, x, torch.ones((), device=DEVICE))):
+        assert torch.equal(fast.float(), definition.float()) and fast.float().abs().max() <= 1e6
+    assert fast == 1e6  # amax: of x itself
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_this_gpu_passes_the_self_test():
+    assert fp8.self_test(torch.device("cuda", 0)) is None
+
+
+# -------------------------------------------------------------------------------------------------- layers
+
+
+def build(width=64, **changes):
+    torch.manual_seed(0)
+    settings = dict(width=width, heads=4, hidden=96, max_depth=3, vocab_size=97, document_start=0, halting="fixed")
+    model = RecurrentTransformer(ModelConfig(**settings | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def gradients(gemms=None, steps=2, recompute="none", **changes):
+    """Loss and gradients at the second step, when scales have settled."""
+    model = build(**changes)
+    model.recompute = recompute
+    if gemms is not None:
+        model.use_fp8(gemms)
+    tokens = torch.randint(1, 97, (2, 25), generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        model.zero_grad()
+        out = model(tokens[:, :-1], tokens[:, 1:], model.new_memory(2, 16))
+        out.loss.backward()
+        if gemms is not None:
+            model.scales.update()
+    return out.loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+ARMS = [fp8.Gemms(*arms) for arms in itertools.product((False, True), repeat=3)]
+
+
+@pytest.mark.parametrize("gemms", ARMS, ids=lambda gemms: "".join("fp8 " if on else "- " for on in gemms))
+def test_each_gemm_can_be_in_fp8_or_not(gemms):
+    """What is off is exact; what is on is as far off as FP8 rounds, and no further."""
+    loss, exact = gradients()
+    fp8_loss, rounded = gradients(gemms)
+    assert (fp8_loss == loss) is not gemms.forward and abs(fp8_loss - loss) < 0.02
+    for name, g in rounded.items():
+        assert distance(g, exact[name]) < 0.25, name
+    matrix = "recur.0.down.weight"
+    assert (distance(rounded[matrix], exact[matrix]) > 0) is any(gemms)
+    # the last step's output gradient meets no FP8 in its way but the head's and this GEMM's
+    assert torch.equal(rounded["embedding.weight"], exact["embedding.weight"]) is not any(gemms)
+
+
+def test_gradients_of_fp8_point_the_right_way():
+    exact, rounded = (torch.cat([g.flatten() for g in gradients(gemms)[1].values()]) for gemms in (None, fp8.FP8))
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("gemms", [None, fp8.FP8], ids=["float32", "fp8"])
+@pytest.mark.parametrize("recompute", ["mlp", "step"])
+@pytest.mark.parametrize("halting", ["fixed", "act"])
+def test_recomputing_changes_nothing(gemms, recompute, halting):
+    loss, kept = gradients(gemms, halting=halting)
+    again, recomputed = gradients(gemms, recompute=recompute, halting=halting)
+    assert loss == again and all(torch.equal(kept[name], g) for name, g in recomputed.items())
+
+
+def test_swiglu_gradient_is_autograds():
+    wide, grad = torch.randn(5, 14, requires_grad=True, dtype=torch.double), torch.randn(5, 7)
+    fp8.swiglu(wide.float()).backward(grad)
+    torch.testing.assert_close(fp8.swiglu_gradient(grad, wide).float(), wide.grad.float())
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 100])
+def test_cross_entropy_in_chunks(chunk):
+    """Loss, nll and gradients are those of PyTorch's cross-entropy over all rows at once, with any weights."""
+    torch.manual_seed(0)
+    x, w = torch.randn(20, 16, requires_grad=True), torch.nn.Parameter(torch.randn(128, 16))
+    targets, weights = torch.randint(0, 97, (20,)), torch.rand(20)
+    padding = torch.where(torch.arange(128) >= 97, -math.inf, 0.0)
+    weight = fp8.Weight(w)
+    weight.prepare(torch.float32, fp8.BF16)
+    loss, nll = fp8.cross_entropy(x, weight, padding, targets, weights, chunk=chunk)
+    expected = torch.nn.functional.cross_entropy((x @ w.t())[:, :97], targets, reduction="none")
+    torch.testing.assert_close(nll, expected)
+    assert not nll.requires_grad
+    got = torch.autograd.grad(3 * loss, (x, w))
+    torch.testing.assert_close(got, torch.autograd.grad(3 * (weights * expected).sum(), (x, w)))
+    assert got[1][97:].abs().max() == 0
+
+
+# -------------------------------------------------------------------------------------------------- weights, scales
+
+
+@pytest.mark.parametrize("gemms", [fp8.BF16, fp8.FP8], ids=["bf16", "fp8"])
+def test_copies_of_weights_follow_every_optimizer_step(gemms):
+    """Fused and compiled updates do not raise version counters by themselves."""
+    model = build(halting="act")
+    model.compute_dtype = torch.bfloat16
+    model.use_fp8(gemms)
+    optimizers = optim.build_optimizers(model, optim.OptimConfig(lr=0.1, adamw_lr=0.1))
+    tokens = torch.randint(1, 97, (2, 9))
+    for _ in range(2):
+        model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+    model._prepare(training=True)
+    for weight in (model.w_head, model.recur[0].w_qkv, model.recur[0].w_down):
+        now = torch.cat(weight.masters)
+        if gemms == fp8.BF16:
+            assert torch.equal(weight.low, now.bfloat16())
+        else:
+            assert distance(weight.rounded.float() * weight.inverse, now) < 0.05
+            assert torch.equal(weight.rounded_t.float(), weight.rounded.float().t())
+
+
+def test_weights_are_rounded_once_per_optimizer_step(monkeypatch):
+    model, calls = build(), []
+    original = fp8.quantize_weight
+    monkeypatch.setattr(fp8, "quantize_weight", lambda *arguments: (calls.append(1), original(*arguments)))
+    model.use_fp8()
+    tokens = torch.randint(1, 97, (2, 9))
+    for _ in range(3):  # micro-batches, of three recurrences each
+        model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+    assert len(calls) == 8  # seven matrices and the head
+
+
+def test_evaluation_is_not_in_fp8():
+    model, tokens = build(), torch.randint(1, 97, (2, 9))
+    with torch.no_grad():
+        exact = model(tokens).logits
+        model.use_fp8()
+        assert torch.equal(model(tokens).logits, exact)
+
+
+def scales_after(*seen):
+    scales = fp8.Scales(uses=1, window=3)
+    for amax in seen:
+        scales.probe.grad = torch.full_like(scales.probe, amax)
+        scales.update()
+    return scales
+
+
+def test_scales_follow_the_largest_of_the_last_steps():
+    assert scales_after(4.0).scale[0, 0].item() == 448 / (2 * 4.0)  # the first amax counts at once
+    assert scales_after(4.0, 1.0, 1.0).scale[0, 0].item() == 448 / (2 * 4.0)
+    assert scales_after(4.0, 1.0, 1.0, 1.0).scale[0, 0].item() == 448 / (2 * 1.0)
+    scale = scales_after(4.0).scale
+    assert scale[0, 4].item() == 57344 / (2 * 4.0)
+    torch.testing.assert_close(scale * scales_after(4.0).unscale, torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_steps_that_show_nothing_leave_the_scales_alone(bad):
+    assert torch.equal(scales_after(4.0, bad).scale, scales_after(4.0).scale)
+
+
+def test_scales_see_what_the_layers_see():
+    """amax of input and output gradient of a layer, by a hook-free second computation."""
+    model = build(max_depth=1, step_gains=False, injection="none")
+    model.use_fp8()
+    tokens = torch.randint(1, 97, (1, 9))
+    model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+    first = fp8.torch.nn.functional.rms_norm(model.embedding.weight[tokens[:, :-1]], (64,))
+    expected = torch.nn.functional.rms_norm(first, (64,)).abs().max()
+    torch.testing.assert_close(model.scales.probe.grad[0, 0], expected)
+    assert (model.scales.probe.grad > 0).all()

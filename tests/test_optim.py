@@ -1,0 +1,51 @@
+"""Muon against PyTorch's, and the schedule."""
+
+import pytest
+import torch
+
+import optim
+from model import ModelConfig, RecurrentTransformer
+
+
+def test_muon_is_pytorchs():
+    torch.manual_seed(0)
+    shapes = ((32, 32), (96, 32), (32, 96), (32, 32), (96, 32))
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = dict(lr=0.02, weight_decay=0.1, momentum=0.9)
+    muon = optim.Muon(ours, **settings)
+    reference = torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = q.grad = torch.randn_like(p)
+        muon.step()
+        reference.step()
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    x = torch.randn(3, 24, 60, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = torch.linalg.svdvals(optim.orthogonalize(x).float())
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_every_parameter_has_one_optimizer(share):
+    model = RecurrentTransformer(ModelConfig(width=16, heads=2, hidden=24, max_depth=2, share=share, vocab_size=50, document_start=0))
+    optimizers = optim.build_optimizers(model, optim.OptimConfig())
+    trained = {name: [p for group in o.param_groups for p in group["params"]] for name, o in optimizers.items()}
+    assert sorted(map(id, trained["muon"] + trained["adamw"])) == sorted(map(id, model.parameters()))
+    assert {id(p) for p in trained["muon"]} == {id(p) for p in model.recur.parameters()}
+
+
+def test_every_step_leaves_its_mark_on_the_version_counters():
+    """AdamW's fused step does not by itself, and copies of the weights would grow stale."""
+    model = RecurrentTransformer(ModelConfig(width=16, heads=2, hidden=24, max_depth=2, vocab_size=50, document_start=0))
+    for optimizer in optim.build_optimizers(model, optim.OptimConfig()).values():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        before = [p._version for p in parameters]
+        optimizer.step()
+        assert all(p._version > version for p, version in zip(parameters, before))
