@@ -22,6 +22,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from kernels import launch
+
 try:
     import triton
     import triton.language as tl
@@ -280,11 +282,6 @@ def _config(name, device, d):
     if d > 64:  # the same shared memory for the tiles that are streamed
         block_m, block_n = (block_m // 2, block_n) if name == "dkdv" else (block_m, block_n // 2)
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
-
-
-def launch(kernel):
-    """The kernel, visible to torch.compile; the interpreter's kernels cannot be."""
-    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 def _query_pass(name, q, k, v, keys, values, first, offset, out, lse, grad, delta, dq):

@@ -35,6 +35,7 @@ from torch import nn
 import config
 import data
 import fp8
+import kernels
 import train
 from config import ConfigError
 from model import RecurrentTransformer, pick_device, pick_dtype
@@ -42,7 +43,7 @@ from model import RecurrentTransformer, pick_device, pick_dtype
 PEERS = ("naive", "bf16", "fp8", "stacked")
 KERNELS = {  # a kernel belongs to the first group whose pattern is found in its name
     "fused by torch.compile": r"^triton_",
-    "FP8 kernels of fp8.py": r"^_(transpose|quantize|swiglu|softmax|log_sum)",
+    "kernels of kernels.py": r"^_(transpose|quantize|swiglu|softmax|log_sum)",
     "attention": r"flash|fmha|attention|^_(query|key|forward|backward|dq|dkv)",
     "GEMMs": r"nvjet|cutlass|gemm|gemv|xmma|cublas|splitK",
     "optimizer and the rest": r"",
@@ -176,8 +177,8 @@ def gemm_seconds(gemm, dtype, device, repeats=10, buffers=3):
     """Seconds of one call, as `fp8.matmul` runs it; dtype: of the activations, or E4M3 for FP8. Several operands take
     turns, lest they be found in the L2 cache, where the step would not find them."""
     _, kind, m, n, k, _ = gemm
-    low = dtype == fp8.E4M3  # then the summed dimension is contiguous in both operands
-    a_type = fp8.E5M2 if low and kind != "forward" else dtype
+    low = dtype == kernels.E4M3  # then the summed dimension is contiguous in both operands
+    a_type = kernels.E5M2 if low and kind != "forward" else dtype
     random = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
     a = [(random(k, m).t() if kind == "weight" and not low else random(m, k)).to(a_type) for _ in range(buffers)]
     b = [(random(n, k) if kind == "forward" or low else random(k, n).t()).to(dtype) for _ in range(buffers)]
@@ -383,7 +384,7 @@ def run_train(args, overrides):
     torch.set_float32_matmul_precision("high")
     peers = [Peer(name, cfg, device) for name in args.peers]
     low = pick_dtype("auto", device)
-    dtypes = {"bf16": low} | ({"fp8": fp8.E4M3} if "fp8" in args.peers else {})
+    dtypes = {"bf16": low} | ({"fp8": kernels.E4M3} if "fp8" in args.peers else {})
     products = [(name, gemm, dtype) for name, dtype in dtypes.items() for gemm in model_gemms(c, rows)]
     products += [("muon", gemm, low) for gemm in muon_gemms(c)]
     sizes = {key: getattr(args, key) for key in ("batch", "segment", "documents", "rounds", "steps")}

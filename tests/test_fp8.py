@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fp8
+import kernels
 import optim
 from model import ModelConfig, RecurrentTransformer
 
@@ -37,7 +38,7 @@ def both(monkeypatch):
     def run(function, *arguments):
         fast = function(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(fp8, "on_kernels", lambda x: False)
+            patch.setattr(kernels, "on_kernels", lambda x: False)
             return fast, function(*arguments)
 
     return run
@@ -62,30 +63,30 @@ def test_kernels_equal_their_definitions(both, shape):
     targets, weights = torch.randint(0, n, (m,), device=DEVICE), torch.rand(m, device=DEVICE)
     lse = torch.logsumexp(wide[:, :n].float(), 1)
     for function, *arguments in (
-        (fp8.swiglu_quantize, wide, scalar(20.0)),
-        (fp8.swiglu_gradient_quantize, grad, wide, scalar(20.0), scalar(1e8)),
-        (fp8.quantize_transpose, grad, scalar(1e8)),
-        (fp8.softmax_gradient_quantize, wide[:, :n].contiguous(), lse, targets, weights, scalar(57344.0)),
+        (kernels.swiglu_quantize, wide, scalar(20.0)),
+        (kernels.swiglu_gradient_quantize, grad, wide, scalar(20.0), scalar(1e8)),
+        (kernels.quantize_transpose, grad, scalar(1e8)),
+        (kernels.softmax_gradient_quantize, wide[:, :n].contiguous(), lse, targets, weights, scalar(57344.0)),
     ):
         for fast, definition in zip(*both(function, *arguments)):
             same(fast, definition) if fast.dtype.itemsize == 1 else torch.testing.assert_close(fast, definition)
-    torch.testing.assert_close(*both(fp8.log_sum_exp, wide))
-    same(*both(fp8.transpose, wide.to(fp8.E4M3)))
+    torch.testing.assert_close(*both(kernels.log_sum_exp, wide))
+    same(*both(kernels.transpose, wide.to(kernels.E4M3)))
 
 
 @runs_kernels
 def test_every_fp8_number_survives_rounding_by_hand():
     """Over the whole range, subnormal numbers and ties included."""
-    for dtype, largest in fp8.LARGEST.items():
+    for dtype, largest in kernels.LARGEST.items():
         numbers = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(dtype).float()
         numbers = numbers[numbers.abs() <= largest].sort().values
         between = torch.lerp(numbers[:-1], numbers[1:], torch.linspace(0, 1, 9, device=DEVICE)[:, None])
         one = torch.ones((), device=DEVICE)
-        if dtype == fp8.E5M2:
-            result = fp8.quantize_transpose(between, one)[:2]
+        if dtype == kernels.E5M2:
+            result = kernels.quantize_transpose(between, one)[:2]
         else:
             result = [torch.empty(shape, dtype=dtype, device=DEVICE) for shape in (between.shape, between.shape[::-1])]
-            fp8.quantize_weight(between, one, *result)
+            kernels.quantize_weight(between, one, *result)
         assert torch.equal(result[0].float(), between.to(dtype).float())
         assert torch.equal(result[1].float(), result[0].float().t())
 
@@ -93,7 +94,7 @@ def test_every_fp8_number_survives_rounding_by_hand():
 @runs_kernels
 def test_values_beyond_the_range_saturate(both):
     x = torch.tensor([[1e6, -1e6, 3.0, 0.0]], device=DEVICE)
-    for fast, definition in zip(*both(fp8.quantize_transpose, x, torch.ones((), device=DEVICE))):
+    for fast, definition in zip(*both(kernels.quantize_transpose, x, torch.ones((), device=DEVICE))):
         assert torch.equal(fast.float(), definition.float()) and fast.float().abs().max() <= 1e6
     assert fast == 1e6  # amax: of x itself
 
@@ -169,8 +170,8 @@ def test_recomputing_changes_nothing(gemms, recompute, halting):
 
 def test_swiglu_gradient_is_autograds():
     wide, grad = torch.randn(5, 14, requires_grad=True, dtype=torch.double), torch.randn(5, 7)
-    fp8.swiglu(wide.float()).backward(grad)
-    torch.testing.assert_close(fp8.swiglu_gradient(grad, wide).float(), wide.grad.float())
+    kernels.swiglu(wide.float()).backward(grad)
+    torch.testing.assert_close(kernels.swiglu_gradient(grad, wide).float(), wide.grad.float())
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 100])
@@ -263,7 +264,7 @@ def test_scales_see_what_the_layers_see():
     model.use_fp8()
     tokens = torch.randint(1, 97, (1, 9))
     model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
-    first = fp8.torch.nn.functional.rms_norm(model.embedding.weight[tokens[:, :-1]], (64,))
+    first = torch.nn.functional.rms_norm(model.embedding.weight[tokens[:, :-1]], (64,))
     expected = torch.nn.functional.rms_norm(first, (64,)).abs().max()
     torch.testing.assert_close(model.scales.probe.grad[0, 0], expected)
     assert (model.scales.probe.grad > 0).all()

@@ -32,7 +32,9 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
 
 @pytest.mark.parametrize("share", [True, False])
 def test_every_parameter_has_one_optimizer(share):
-    model = RecurrentTransformer(ModelConfig(width=16, heads=2, hidden=24, max_depth=2, share=share, vocab_size=50, document_start=0))
+    model = RecurrentTransformer(
+        ModelConfig(width=16, heads=2, hidden=24, max_depth=2, share=share, vocab_size=50, document_start=0)
+    )
     optimizers = optim.build_optimizers(model, optim.OptimConfig())
     trained = {name: [p for group in o.param_groups for p in group["params"]] for name, o in optimizers.items()}
     assert sorted(map(id, trained["muon"] + trained["adamw"])) == sorted(map(id, model.parameters()))
@@ -41,7 +43,9 @@ def test_every_parameter_has_one_optimizer(share):
 
 def test_every_step_leaves_its_mark_on_the_version_counters():
     """AdamW's fused step does not by itself, and copies of the weights would grow stale."""
-    model = RecurrentTransformer(ModelConfig(width=16, heads=2, hidden=24, max_depth=2, vocab_size=50, document_start=0))
+    model = RecurrentTransformer(
+        ModelConfig(width=16, heads=2, hidden=24, max_depth=2, vocab_size=50, document_start=0)
+    )
     for optimizer in optim.build_optimizers(model, optim.OptimConfig()).values():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for p in parameters:

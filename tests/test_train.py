@@ -258,8 +258,6 @@ def test_recomputing_activations_changes_nothing(workplace, reference, monkeypat
     assert_same_run(workplace, reference)
 
 
-
-
 def test_what_a_run_reports(reference):
     lines = curve(reference)
     assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, STEPS + 1))

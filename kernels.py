@@ -1,0 +1,319 @@
+"""Kernels of FP8 training: rounding, transposing, SwiGLU and softmax in as few passes over memory as they need.
+
+A GEMM in FP8 is so fast that what surrounds it decides, and that is bound by memory: each kernel reads its input once
+and writes FP8 in every layout that a GEMM will want, with the largest value seen (amax) on the side. Beside each kernel
+stands its definition in PyTorch, which is what runs without a GPU, and what tests and `fp8.self_test` compare with.
+"""
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for the CPU comes without
+    triton = None
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+
+
+def on_kernels(x):
+    """Whether Triton runs on the device of x (or interprets its kernels, in tests)."""
+    return triton is not None and (x.is_cuda or triton.knobs.runtime.interpret)
+
+
+def launch(kernel):
+    """The kernel, visible to torch.compile; the interpreter's kernels cannot be."""
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+def quantize(x, scale, dtype):
+    """x * scale in FP8, saturated, and the amax of x, float32. torch.compile fuses it into what makes x."""
+    largest = LARGEST[dtype]
+    return (x.float() * scale).clamp(-largest, largest).to(dtype), x.abs().amax(-1).amax().float()
+
+
+def transpose(x):
+    """x (m, n) FP8 as (n, m), contiguous."""
+    if not on_kernels(x):
+        return x.t().contiguous()
+    return _transpose(x)
+
+
+def swiglu(gate_up):
+    """silu(gate) * up of gate_up (m, 2 F), float32."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def swiglu_gradient(grad, gate_up):
+    """The gradient of `swiglu` with respect to gate_up (m, 2 F), float32; grad: (m, F)."""
+    gate, up = gate_up.float().chunk(2, -1)
+    sigmoid = gate.sigmoid()
+    return torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], -1)
+
+
+def swiglu_quantize(gate_up, scale):
+    """`swiglu` in E4M3 (m, F), and its amax."""
+    if not on_kernels(gate_up):
+        return quantize(swiglu(gate_up), scale, E4M3)
+    product, amax = _swiglu_quantize(gate_up, scale)
+    return product, amax.amax()
+
+
+def swiglu_gradient_quantize(grad, gate_up, scale, grad_scale):
+    """What the backward pass needs, in one read: the gradient of gate_up in E5M2, as (m, 2 F) and transposed; the
+    product of the forward pass in E4M3, transposed, (F, m), recomputed; and the amax of the gradient."""
+    if not on_kernels(gate_up):
+        wide, amax = quantize(swiglu_gradient(grad.float(), gate_up), grad_scale, E5M2)
+        return wide, transpose(wide), transpose(quantize(swiglu(gate_up), scale, E4M3)[0]), amax
+    wide, wide_t, product_t, amax = _swiglu_gradient_quantize(grad, gate_up, scale, grad_scale)
+    return wide, wide_t, product_t, amax.amax()
+
+
+def log_sum_exp(logits):
+    """Of every row of logits (m, V), float32."""
+    if not on_kernels(logits):
+        return logits.float().logsumexp(-1)
+    return _log_sum_exp(logits)
+
+
+def softmax_gradient_quantize(logits, lse, targets, weights, scale):
+    """weights * (softmax(logits) - onehot(targets)) * scale in E5M2, (m, V) and transposed; all but logits are (m,)."""
+    if not on_kernels(logits):
+        grad = softmax_gradient(logits, lse, targets, weights * scale).to(E5M2)
+        return grad, transpose(grad)
+    return _softmax_gradient_quantize(logits, lse, targets, weights * scale)
+
+
+def softmax_gradient(logits, lse, targets, weights):
+    """The gradient of sum(weights * cross-entropy) with respect to logits (m, V), float32; all others are (m,)."""
+    onehot = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    return weights[:, None] * ((logits.float() - lse[:, None]).exp() - onehot.float())
+
+
+def quantize_transpose(x, scale):
+    """`quantize` of a gradient x (m, n) to E5M2, as (m, n) and transposed, in one read; and its amax."""
+    if not on_kernels(x):
+        rounded, amax = quantize(x, scale, E5M2)
+        return rounded, transpose(rounded), amax
+    rounded, rounded_t, amax = _quantize_transpose(x.contiguous(), scale)
+    return rounded, rounded_t, amax.amax()
+
+
+def quantize_weight(weight, scale, out, out_t):
+    """Round weight (m, n) float32 into out (m, n) and out_t (n, m), views of E4M3, in one read."""
+    if not on_kernels(weight):
+        out.copy_((weight * scale).clamp(-448.0, 448.0).to(E4M3))
+        out_t.copy_(out.t())
+        return
+    (m, n), block = weight.shape, 64
+    grid = (triton.cdiv(m, block), triton.cdiv(n, block))
+    _quantize_weight_kernel[grid](weight, scale, out, out_t, m, n, out_t.stride(0), BLOCK=block)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Row and column numbers of this program's tile of an (m, n) matrix, and which lie inside."""
+        row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        return row, column, (row < m)[:, None] & (column < n)[None, :]
+
+    # Rounding is by hand, to bytes: after the FP8 instruction of sm_90, ptxas 12.8 reads some bytes of a tile that is
+    # transposed before they are computed (Triton 3.6; `self_test` found it).
+
+    @triton.jit
+    def _e5m2(x):
+        """E5M2 is the upper byte of float16: x, within its range, rounded half to even."""
+        bits = x.to(tl.float16).to(tl.uint16, bitcast=True)
+        return ((bits + 0x7F + ((bits >> 8) & 1)) >> 8).to(tl.uint8)
+
+    @triton.jit
+    def _e4m3(x):
+        """E4M3 has three bits less of exponent bias than float16, less one of its bits: it is float16(x / 2^8), sign
+        apart, from bit 7 on, for subnormal numbers too; x, within its range, rounded half to even."""
+        bits = (x * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
+        magnitude = bits & 0x7FFF
+        magnitude = (magnitude + 0x3F + ((magnitude >> 7) & 1)) >> 7
+        return (magnitude | ((bits >> 8) & 0x80)).to(tl.uint8)
+
+    @triton.jit
+    def _store_bytes(pointer, x, mask):
+        tl.store(pointer.to(tl.pointer_type(tl.uint8), bitcast=True), x, mask=mask)
+
+    @triton.jit
+    def _store_transposed(pointer, x, row, column, stride, m, n):
+        """Bytes x[i, j] to pointer[column[j], row[i]], along rows of the result."""
+        inside = (column < n)[:, None] & (row < m)[None, :]
+        _store_bytes(pointer + column[:, None] * stride + row[None, :], tl.trans(x), inside)
+
+    @triton.jit
+    def _transpose_kernel(x, out, m, n, BLOCK: tl.constexpr):
+        row, column, inside = _tile(m, n, BLOCK, BLOCK)
+        x = x.to(tl.pointer_type(tl.uint8), bitcast=True)
+        tile = tl.load(x + row[:, None] * n + column[None, :], mask=inside, other=0)
+        _store_transposed(out, tile, row, column, m, m, n)
+
+    @triton.jit
+    def _quantize_transpose_kernel(x, scale, out, out_t, amax, m, n, BLOCK: tl.constexpr):
+        row, column, inside = _tile(m, n, BLOCK, BLOCK)
+        at = row[:, None] * n + column[None, :]
+        tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(tile)))
+        tile = _e5m2(tl.clamp(tile * tl.load(scale), -57344.0, 57344.0))
+        _store_bytes(out + at, tile, inside)
+        _store_transposed(out_t, tile, row, column, m, m, n)
+
+    @triton.jit
+    def _quantize_weight_kernel(x, scale, out, out_t, m, n, stride_t, BLOCK: tl.constexpr):
+        row, column, inside = _tile(m, n, BLOCK, BLOCK)
+        at = row[:, None] * n + column[None, :]
+        tile = tl.load(x + at, mask=inside, other=0.0) * tl.load(scale)
+        tile = _e4m3(tl.clamp(tile, -448.0, 448.0))
+        _store_bytes(out + at, tile, inside)
+        _store_transposed(out_t, tile, row, column, stride_t, m, n)
+
+    @triton.jit
+    def _swiglu_kernel(gate_up, scale, out, amax, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
+        at = row[:, None] * (2 * n) + column[None, :]
+        gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
+        product = gate * tl.sigmoid(gate) * up
+        scaled = _e4m3(tl.clamp(product * tl.load(scale), -448.0, 448.0))
+        _store_bytes(out + row[:, None] * n + column[None, :], scaled, inside)
+        tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(product)))
+
+    @triton.jit
+    def _swiglu_gradient_kernel(
+        grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):  # fmt: skip
+        row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
+        at = row[:, None] * (2 * n) + column[None, :]
+        gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + row[:, None] * n + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        product = _e4m3(tl.clamp(gate * sigmoid * up * tl.load(scale), -448.0, 448.0))
+        _store_transposed(product_t, product, row, column, m, m, n)
+        d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+        d_up = g * gate * sigmoid
+        largest = tl.maximum(tl.max(tl.abs(d_gate)), tl.max(tl.abs(d_up)))
+        tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), largest)
+        s = tl.load(grad_scale)
+        d_gate = _e5m2(tl.clamp(d_gate * s, -57344.0, 57344.0))
+        d_up = _e5m2(tl.clamp(d_up * s, -57344.0, 57344.0))
+        _store_bytes(wide + at, d_gate, inside)
+        _store_bytes(wide + at + n, d_up, inside)
+        _store_transposed(wide_t, d_gate, row, column, m, m, n)
+        _store_transposed(wide_t, d_up, row, column + n, m, m, 2 * n)
+
+    @triton.jit
+    def _log_sum_exp_kernel(logits, out, n, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        high = tl.full((BLOCK,), -1e30, tl.float32)  # of every lane: lanes meet once, at the end
+        total = tl.full((BLOCK,), 0.0, tl.float32)
+        for start in range(0, n, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + row * n + column, mask=column < n, other=float("-inf")).to(tl.float32)
+            higher = tl.maximum(high, z)
+            total = total * tl.exp(high - higher) + tl.exp(z - higher)
+            high = higher
+        highest = tl.max(high)
+        tl.store(out + row, highest + tl.log(tl.sum(total * tl.exp(high - highest))))
+
+    @triton.jit
+    def _softmax_gradient_kernel(
+        logits, lse, targets, weights, out, out_t, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    ):
+        row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
+        at = row[:, None] * n + column[None, :]
+        z = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+        shift = tl.load(lse + row, mask=row < m, other=0.0)
+        target = tl.load(targets + row, mask=row < m, other=-1)
+        weight = tl.load(weights + row, mask=row < m, other=0.0)
+        probability = tl.exp(z - shift[:, None])
+        grad = weight[:, None] * (probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0))
+        grad = _e5m2(tl.clamp(grad, -57344.0, 57344.0))
+        _store_bytes(out + at, grad, inside)
+        _store_transposed(out_t, grad, row, column, m, m, n)
+
+    def _grid(m, n, block_m, block_n):
+        return triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+
+    def operator(function):
+        """`function` as an operator that torch.compile sees into: it owns the kernel launches, and no gradient."""
+        name = function.__name__.strip("_")
+        return torch.library.triton_op(f"recurrent::{name}", function, mutates_args={})
+
+    def _transpose(x: torch.Tensor) -> torch.Tensor:
+        (m, n), block = x.shape, 64
+        out = x.new_empty(n, m)
+        kernel = launch(_transpose_kernel)
+        kernel[_grid(m, n, block, block)](x, out, m, n, BLOCK=block, num_warps=4)
+        return out
+
+    def _quantize_transpose(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (m, n), block = x.shape, 64
+        grid = _grid(m, n, block, block)
+        out = torch.empty(m, n, dtype=E5M2, device=x.device)
+        out_t = torch.empty(n, m, dtype=E5M2, device=x.device)
+        amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
+        kernel = launch(_quantize_transpose_kernel)
+        kernel[grid](x, scale, out, out_t, amax, m, n, BLOCK=block, num_warps=4)
+        return out, out_t, amax
+
+    def _swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        m, n = gate_up.shape[0], gate_up.shape[1] // 2
+        block = (4, 1024)
+        grid = _grid(m, n, *block)
+        out = torch.empty(m, n, dtype=E4M3, device=gate_up.device)
+        amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=gate_up.device)
+        kernel = launch(_swiglu_kernel)
+        kernel[grid](gate_up, scale, out, amax, m, n, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=4)
+        return out, amax
+
+    def _swiglu_gradient_quantize(
+        grad: torch.Tensor, gate_up: torch.Tensor, scale: torch.Tensor, grad_scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        m, n = grad.shape
+        block = (64, 64)
+        grid = _grid(m, n, *block)
+        wide = torch.empty(m, 2 * n, dtype=E5M2, device=grad.device)
+        wide_t = torch.empty(2 * n, m, dtype=E5M2, device=grad.device)
+        product_t = torch.empty(n, m, dtype=E4M3, device=grad.device)
+        amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=grad.device)
+        kernel = launch(_swiglu_gradient_kernel)
+        kernel[grid](
+            grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
+            BLOCK_M=block[0], BLOCK_N=block[1], num_warps=8,
+        )  # fmt: skip
+        return wide, wide_t, product_t, amax
+
+    def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        kernel = launch(_log_sum_exp_kernel)
+        kernel[(len(logits),)](logits, out, logits.shape[1], BLOCK=4096, num_warps=8)
+        return out
+
+    def _softmax_gradient_quantize(
+        logits: torch.Tensor, lse: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (m, n), block = logits.shape, (64, 64)
+        out = torch.empty(m, n, dtype=E5M2, device=logits.device)
+        out_t = torch.empty(n, m, dtype=E5M2, device=logits.device)
+        kernel = launch(_softmax_gradient_kernel)
+        kernel[_grid(m, n, *block)](
+            logits, lse, targets, weights, out, out_t, m, n, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=4
+        )
+        return out, out_t
+
+    _transpose, _quantize_transpose = operator(_transpose), operator(_quantize_transpose)
+    _swiglu_quantize = operator(_swiglu_quantize)
+    _swiglu_gradient_quantize = operator(_swiglu_gradient_quantize)
+    _log_sum_exp = operator(_log_sum_exp)
+    _softmax_gradient_quantize = operator(_softmax_gradient_quantize)
