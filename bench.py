@@ -236,6 +236,7 @@ class Peer:
             settings = dict(lr=optim.adamw_lr, betas=optim.betas, weight_decay=optim.weight_decay)
             self.optimizers = [torch.optim.AdamW(model.parameters(), **settings)]
         else:
+            model.recompute = self.cfg.train.recompute
             if self.name == "fp8":
                 model.use_fp8()
             on_cuda = self.device.type == "cuda"
@@ -365,7 +366,7 @@ def run_train(args, overrides):
     if wrong := [o for o in overrides if not o.startswith("--model.")]:
         raise ConfigError(f"unknown argument '{wrong[0]}'; settings of the model are written --model.key=value")
     unused = ["eval.depths=[]", "train.target_depth=0"]  # lest they contradict a depth from the command line
-    cfg = config.load(args.config, train.Config, [*overrides, *unused])
+    cfg = config.load(args.config, train.Config, [*overrides, *unused, f"train.recompute={args.recompute}"])
     cfg.model = c = replace(cfg.model, cross_documents=cfg.model.cross_documents or args.documents == 0)
     try:
         device = pick_device(args.device)
@@ -387,7 +388,7 @@ def run_train(args, overrides):
     dtypes = {"bf16": low} | ({"fp8": kernels.E4M3} if "fp8" in args.peers else {})
     products = [(name, gemm, dtype) for name, dtype in dtypes.items() for gemm in model_gemms(c, rows)]
     products += [("muon", gemm, low) for gemm in muon_gemms(c)]
-    sizes = {key: getattr(args, key) for key in ("batch", "segment", "documents", "rounds", "steps")}
+    sizes = {key: getattr(args, key) for key in ("batch", "segment", "documents", "recompute", "rounds", "steps")}
     result = {
         "bench": "train", "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
         "torch": torch.__version__, "commit": commit(), "config": str(args.config), "model": asdict(c),
@@ -552,6 +553,7 @@ def main(argv=None):
     add("--text", metavar="FOLDER", help="a prepared folder to read; None: random tokens")
     add("--documents", type=lambda text: 0 if text == "none" else whole(text), default=1000, metavar="TOKENS",
         help="mean length of random documents; none: no boundaries, nor in --text")  # fmt: skip
+    add("--recompute", default="none", help="train.recompute of all peers but the naive one: none, mlp or step")
     add("--profile", action=argparse.BooleanOptionalAction, help="where the time of bf16 and fp8 goes; None: on GPUs")
     add("--device", default="auto", help="cuda, cuda:1 or cpu")
     command.set_defaults(run=run_train)

@@ -17,7 +17,6 @@ segment, without gradient. Attention never crosses a document boundary.
 Shapes: B batch, T segment length, M memory length, N maximum depth, D width, H heads, d = D / H, V vocabulary.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -249,7 +248,7 @@ class RecurrentTransformer(nn.Module):
             raise ValueError(f"depth must lie in 1..{N}, not {depth}")
         steps, adaptive = depth or N, self.halting is not None and depth is None
         device = self.embedding.weight.device
-        training = torch.is_grad_enabled()
+        training = torch.is_grad_enabled() and targets is not None
         gemms = self._prepare(training)
         spans = spans or self.spans(tokens, memory)
         if memory:
@@ -260,7 +259,8 @@ class RecurrentTransformer(nn.Module):
         written = []  # this segment's keys and values, one pair a memory slot
 
         for block in self.prelude:
-            h, kv = self.run_block(block, h, rope, spans, self._past(memory, len(written)), next(gemms))
+            use = len(written)
+            h, kv = self.run_block(block, h, rope, spans, self._past(memory, use), gemms[use])
             written.append(kv)
 
         state = kvs = None
@@ -277,12 +277,12 @@ class RecurrentTransformer(nn.Module):
         for n in range(steps):
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
-            gemms_of_step = list(itertools.islice(gemms, R))
-            arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms_of_step, kvs, state, thresholds[n]
+            use = len(self.prelude) + n * R
+            arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms[use : use + R], kvs, state
             if training and self.recompute == "step":
-                h, kvs, state, weight = checkpoint(self.step, *arguments, use_reentrant=False)
+                h, kvs, state, weight = checkpoint(self.step, *arguments, thresholds[n], use_reentrant=False)
             else:
-                h, kvs, state, weight = self.step(*arguments)
+                h, kvs, state, weight = self.step(*arguments, thresholds[n])
             shares.append(weight)
             if self.config.memory == "per_step":
                 written.extend(kvs)
@@ -293,9 +293,9 @@ class RecurrentTransformer(nn.Module):
         written.extend(kvs * ((N - n - 1) if self.config.memory == "per_step" else 1))
         out = h if state is None else state.out.to(h.dtype)
 
-        for block in self.coda:
+        for i, block in enumerate(self.coda):
             past = self._past(memory, len(written))
-            out, kv = self.run_block(block, out, rope, spans, past, next(gemms))
+            out, kv = self.run_block(block, out, rope, spans, past, gemms[i - len(self.coda)])
             written.append(kv)
 
         logits = loss = nll = None
@@ -318,8 +318,8 @@ class RecurrentTransformer(nn.Module):
         return Spans(tokens.cpu(), memory, self.config, device, kernel)
 
     def _prepare(self, training):
-        """Bring the low-precision copies of the weights up to date. Yields for one use of a block after another which
-        GEMMs are in FP8, and their scales."""
+        """Bring the low-precision copies of the weights up to date. Returns for every use of a block which GEMMs are in
+        FP8, and their scales."""
         in_fp8 = training and self.scales is not None
         gemms = self.gemms if in_fp8 else fp8.BF16
         for block in [*self.prelude, *self.recur, *self.coda]:
@@ -327,10 +327,11 @@ class RecurrentTransformer(nn.Module):
         self.w_head.prepare(self.compute_dtype, gemms)
         if self.w_inject is not None:
             self.w_inject.prepare(self.compute_dtype, fp8.BF16)
-        return zip(itertools.repeat(gemms), self.scales.of_uses() if in_fp8 else itertools.repeat(None))
+        uses = len(self.prelude) + self.config.max_depth * self.config.recur + len(self.coda)
+        return list(zip([gemms] * uses, self.scales.of_uses() if in_fp8 else [None] * uses))
 
     def run_block(self, block, x, rope, spans, past, gemms):
-        return block(x, None, rope, spans, past, gemms, self.recompute == "mlp")
+        return block(x, None, rope, spans, past, gemms, self.recompute == "mlp" and torch.is_grad_enabled())
 
     def step(self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold):
         """One recurrence: injection, the R blocks, halting. The part that `compile` turns into one graph.
@@ -343,10 +344,10 @@ class RecurrentTransformer(nn.Module):
         elif self.config.injection == "concat_linear":
             h = fp8.linear(torch.cat([e, h], -1), self.w_inject)
         active = None if state is None else state.active
-        kvs = []
+        kvs, recompute = [], self.recompute == "mlp" and torch.is_grad_enabled()
         for r, block in enumerate(blocks):
             old = frozen[r] if state else None
-            h, kv = block(h, gains[r], rope, spans, pasts[r], gemms[r], self.recompute == "mlp", old, active)
+            h, kv = block(h, gains[r], rope, spans, pasts[r], gemms[r], recompute, old, active)
             kvs.append(kv)
         if state is None:
             return h, kvs, None, None
