@@ -9,8 +9,8 @@ twice as fast as in bf16; what the GEMM wins, the casts can lose, so this file i
   in the last steps ("delayed scaling", Micikevicius et al. 2022, arXiv 2209.05433): no pass over the tensor to find it.
   Every GEMM of a block at every recurrence has its own scales, for its input and its output's gradient (`Scales`).
 - Hopper's FP8 GEMM wants the summed dimension contiguous in both operands, so the weight gradient needs both of its
-  operands transposed: one read writes both layouts. SwiGLU and its derivative, the widest tensors of the model, are
-  Triton kernels with FP8 outputs; the rest is left to torch.compile, which fuses the rounding into norms and residuals.
+  operands transposed: one read writes both layouts. kernels.py has these, and SwiGLU and its derivative, the widest
+  tensors of the model; the rest is left to torch.compile, which fuses the rounding into norms and residuals.
 
 Values use E4M3 (largest 448, 3 bits of mantissa), gradients E5M2 (57344, 2 bits). Each of the three GEMMs of a layer
 (forward, gradient of the input, gradient of the weight) can stay in bf16. On a CPU the same code rounds to FP8 and
