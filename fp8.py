@@ -12,9 +12,9 @@ twice as fast as in bf16; what the GEMM wins, the casts can lose, so this file i
   operands transposed: one read writes both layouts. kernels.py has these, and SwiGLU and its derivative, the widest
   tensors of the model; the rest is left to torch.compile, which fuses the rounding into norms and residuals.
 
-Values use E4M3 (largest 448, 3 bits of mantissa), gradients E5M2 (57344, 2 bits). Each of the three GEMMs of a layer
-(forward, gradient of the input, gradient of the weight) can stay in bf16. On a CPU the same code rounds to FP8 and
-multiplies in float32. The residual stream, norms, injection, halting head and loss are never FP8.
+Values use E4M3 (largest 448, 3 bits of mantissa), gradients E5M2 (57344, 2 bits) or E4M3 too. Each of the three GEMMs
+of a layer (forward, gradient of the input, gradient of the weight) can stay in bf16. On a CPU the same code rounds to
+FP8 and multiplies in float32. The residual stream, norms, injection, halting head and loss are never FP8.
 """
 
 from typing import NamedTuple
@@ -43,11 +43,12 @@ SITES = ("qkv", "output", "gate_up", "down")  # the GEMMs of a block
 
 
 class Gemms(NamedTuple):
-    """Which of a layer's three GEMMs run in FP8."""
+    """Which of a layer's three GEMMs run in FP8, and the FP8 dtype of the gradients of blocks; the head's are E5M2."""
 
     forward: bool = False
     input_grad: bool = False
     weight_grad: bool = False
+    gradients: torch.dtype = E5M2
 
 
 BF16, FP8 = Gemms(), Gemms(True, True, True)
@@ -101,7 +102,7 @@ class Weight:
         if self.key is None or self.key[:2] != key[:2]:
             self.low = self.rounded = self.rounded_t = self.inverse = None
         first, shape = self.masters[0], (sum(len(w) for w in self.masters), self.masters[0].shape[1])
-        if not all(gemms):
+        if not all(gemms[:3]):
             if len(self.masters) == 1 and dtype == first.dtype:
                 self.low = first.detach()
             else:
@@ -109,7 +110,7 @@ class Weight:
                     self.low = first.new_empty(shape, dtype=dtype)
                 for part, master in zip(self.low.split([len(w) for w in self.masters]), self.masters):
                     part.copy_(master)
-        if any(gemms):
+        if any(gemms[:3]):
             if self.rounded is None or self.rounded.device != first.device:
                 self.rounded = torch.empty(shape, dtype=E4M3, device=first.device)
                 self.rounded_t = torch.empty(shape[::-1], dtype=E4M3, device=first.device)
@@ -132,25 +133,25 @@ class Scales:
     """
 
     MARGIN = 2.0  # room above the largest value of the last steps; one bit of range, which floating point has to spare
-    START = (64.0, 0.01)  # amax of inputs and gradients before any was seen; E5M2 reaches 1e9 below its largest value
+    START = (64.0, 0.001)  # amax of inputs and gradients before any was seen: for small gradients E5M2 has range enough
 
-    def __init__(self, uses, device="cpu", window=16):
-        start = torch.tensor(self.START, device=device).repeat_interleave(len(SITES))
-        self.largest = torch.tensor([LARGEST[E4M3], LARGEST[E5M2]], device=device).repeat_interleave(len(SITES))
-        self.history = start.expand(window, uses, -1).clone()
+    def __init__(self, uses, device="cpu", gradients=E5M2, window=16):
+        columns = lambda pair: torch.tensor(pair, device=device).repeat_interleave(len(SITES))  # noqa: E731
+        self.start, self.largest = columns(self.START), columns([LARGEST[E4M3], LARGEST[gradients]])
+        self.history = torch.zeros(window, uses, 2 * len(SITES), device=device)  # newest first; zero: nothing seen
         self.probe = torch.zeros(uses, 2 * len(SITES), device=device, requires_grad=True)
-        self.fresh = True  # nothing seen yet
         self._rescale()
 
     def _rescale(self):
-        scale = self.largest / (self.MARGIN * self.history.amax(0))
+        amax = self.history.amax(0)
+        scale = self.largest / (self.MARGIN * torch.where(amax > 0, amax, self.start))
         # cuBLAS wants the address of a scale to be a multiple of 16 bytes: they lie four floats apart
         spread = lambda x: x[..., None].expand(*x.shape, 4).contiguous()[..., 0]  # noqa: E731
         self.scale, self.unscale = spread(scale), spread(1 / scale)
 
     def load(self, history):
         """Go on with the `history` of a checkpoint."""
-        self.history, self.fresh = history.to(self.history.device), False
+        self.history = history.to(self.history.device)
         self._rescale()
 
     def amax(self):
@@ -164,14 +165,14 @@ class Scales:
 
     @torch.no_grad()
     def update(self, micro_batches=1):
-        """Take up the amax that the backward passes of an optimizer step left in `probe`. Zeros (a layer whose weights
-        are still zero) and what is not finite (a step that is skipped) leave the history as it is."""
+        """Take up the amax that the backward passes of an optimizer step left in `probe`. Zeros (of a layer whose
+        weights are still zero) and what is not finite (of a step that is skipped) count as not seen."""
         if self.probe.grad is None:
             return
-        seen, newest = self.probe.grad / micro_batches, self.history[0]
-        seen = torch.where((seen > 0) & seen.isfinite(), seen, newest)
-        self.history = torch.cat([seen[None], seen.expand_as(self.history[1:]) if self.fresh else self.history[:-1]])
-        self.fresh, self.probe.grad = False, None
+        seen = self.probe.grad / micro_batches
+        seen = torch.where(seen.isfinite(), seen, 0.0)
+        self.history = torch.cat([seen[None], self.history[:-1]])
+        self.probe.grad = None
         self._rescale()
 
 
@@ -254,7 +255,7 @@ class _Linear(torch.autograd.Function):
         x, low, rounded_t, inverse, scale, unscale, amax = ctx.saved_tensors
         gemms, seen, g8 = ctx.gemms, None, None
         if gemms.input_grad or gemms.weight_grad:
-            g8, g8_t, g_amax = quantize_transpose(grad, scale[1])
+            g8, g8_t, g_amax = quantize_transpose(grad, scale[1], gemms.gradients)
             seen = torch.stack([g_amax if amax is None else amax, g_amax])
         if gemms.input_grad:
             dx = matmul(g8, rounded_t, unscale[1], inverse, grad.dtype)
@@ -285,7 +286,7 @@ class _Mlp(torch.autograd.Function):
             product = swiglu(wide)
             amax2 = product.abs().amax(-1).amax()
             y = matmul(product.to(x.dtype), low2)
-        if any(gemms):
+        if any(gemms[:3]):
             amax = torch.stack([amax1 if x8 is not None else amax2, amax2])
         ctx.gemms, ctx.rows = gemms, [len(w) for w in masters]
         kept = x8 if gemms.weight_grad else x
@@ -298,17 +299,19 @@ class _Mlp(torch.autograd.Function):
         gemms, seen = ctx.gemms, None
         rounding = gemms.input_grad or gemms.weight_grad
         if rounding:
-            g8, g8_t, g_amax = quantize_transpose(grad, scale[1, 1])
+            g8, g8_t, g_amax = quantize_transpose(grad, scale[1, 1], gemms.gradients)
         if gemms.input_grad:
             d_product = matmul(g8, rounded2_t, unscale[1, 1], inverse2, grad.dtype)
         else:
             d_product = matmul(grad, low2.t())
         d_wide = product = None
-        if not all(gemms):
+        if not all(gemms[:3]):
             product = swiglu(wide).to(grad.dtype)
             d_wide = swiglu_gradient(d_product.float(), wide).to(grad.dtype)
         if rounding:
-            d8, d8_t, product8_t, d_amax = swiglu_gradient_quantize(d_product, wide, scale[0, 1], scale[1, 0])
+            d8, d8_t, product8_t, d_amax = swiglu_gradient_quantize(
+                d_product, wide, scale[0, 1], scale[1, 0], gemms.gradients
+            )
             seen = torch.stack([torch.zeros_like(scale[1]) if amax is None else amax, torch.stack([d_amax, g_amax])])
         if gemms.input_grad:
             dx = matmul(d8, rounded1_t, unscale[1, 0], inverse1, grad.dtype)

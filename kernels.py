@@ -18,9 +18,12 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # in tests
+
+
 def on_kernels(x):
-    """Whether Triton runs on the device of x (or interprets its kernels, in tests)."""
-    return triton is not None and (x.is_cuda or triton.knobs.runtime.interpret)
+    """Whether Triton runs on the device of x, or interprets its kernels."""
+    return triton is not None and x.is_cuda or INTERPRETED
 
 
 def launch(kernel):
@@ -62,13 +65,13 @@ def swiglu_quantize(gate_up, scale):
     return product, amax.amax()
 
 
-def swiglu_gradient_quantize(grad, gate_up, scale, grad_scale):
-    """What the backward pass needs, in one read: the gradient of gate_up in E5M2, as (m, 2 F) and transposed; the
+def swiglu_gradient_quantize(grad, gate_up, scale, grad_scale, dtype=E5M2):
+    """What the backward pass needs, in one read: the gradient of gate_up in `dtype`, as (m, 2 F) and transposed; the
     product of the forward pass in E4M3, transposed, (F, m), recomputed; and the amax of the gradient."""
     if not on_kernels(gate_up):
-        wide, amax = quantize(swiglu_gradient(grad.float(), gate_up), grad_scale, E5M2)
+        wide, amax = quantize(swiglu_gradient(grad.float(), gate_up), grad_scale, dtype)
         return wide, transpose(wide), transpose(quantize(swiglu(gate_up), scale, E4M3)[0]), amax
-    wide, wide_t, product_t, amax = _swiglu_gradient_quantize(grad, gate_up, scale, grad_scale)
+    wide, wide_t, product_t, amax = _swiglu_gradient_quantize(grad, gate_up, scale, grad_scale, dtype)
     return wide, wide_t, product_t, amax.amax()
 
 
@@ -93,12 +96,12 @@ def softmax_gradient(logits, lse, targets, weights):
     return weights[:, None] * ((logits.float() - lse[:, None]).exp() - onehot.float())
 
 
-def quantize_transpose(x, scale):
-    """`quantize` of a gradient x (m, n) to E5M2, as (m, n) and transposed, in one read; and its amax."""
+def quantize_transpose(x, scale, dtype=E5M2):
+    """`quantize` of x (m, n) to `dtype`, as (m, n) and transposed, in one read; and its amax."""
     if not on_kernels(x):
-        rounded, amax = quantize(x, scale, E5M2)
+        rounded, amax = quantize(x, scale, dtype)
         return rounded, transpose(rounded), amax
-    rounded, rounded_t, amax = _quantize_transpose(x.contiguous(), scale)
+    rounded, rounded_t, amax = _quantize_transpose(x.contiguous(), scale, dtype)
     return rounded, rounded_t, amax.amax()
 
 
@@ -141,6 +144,11 @@ if triton is not None:
         return (magnitude | ((bits >> 8) & 0x80)).to(tl.uint8)
 
     @triton.jit
+    def _round(x, E4M3: tl.constexpr):
+        """To E4M3 or E5M2, saturated."""
+        return _e4m3(tl.clamp(x, -448.0, 448.0)) if E4M3 else _e5m2(tl.clamp(x, -57344.0, 57344.0))
+
+    @triton.jit
     def _store_bytes(pointer, x, mask):
         tl.store(pointer.to(tl.pointer_type(tl.uint8), bitcast=True), x, mask=mask)
 
@@ -158,12 +166,12 @@ if triton is not None:
         _store_transposed(out, tile, row, column, m, m, n)
 
     @triton.jit
-    def _quantize_transpose_kernel(x, scale, out, out_t, amax, m, n, BLOCK: tl.constexpr):
+    def _quantize_transpose_kernel(x, scale, out, out_t, amax, m, n, E4M3: tl.constexpr, BLOCK: tl.constexpr):
         row, column, inside = _tile(m, n, BLOCK, BLOCK)
         at = row[:, None] * n + column[None, :]
         tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(tile)))
-        tile = _e5m2(tl.clamp(tile * tl.load(scale), -57344.0, 57344.0))
+        tile = _round(tile * tl.load(scale), E4M3)
         _store_bytes(out + at, tile, inside)
         _store_transposed(out_t, tile, row, column, m, m, n)
 
@@ -172,7 +180,7 @@ if triton is not None:
         row, column, inside = _tile(m, n, BLOCK, BLOCK)
         at = row[:, None] * n + column[None, :]
         tile = tl.load(x + at, mask=inside, other=0.0) * tl.load(scale)
-        tile = _e4m3(tl.clamp(tile, -448.0, 448.0))
+        tile = _round(tile, True)
         _store_bytes(out + at, tile, inside)
         _store_transposed(out_t, tile, row, column, stride_t, m, n)
 
@@ -183,14 +191,14 @@ if triton is not None:
         gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
         product = gate * tl.sigmoid(gate) * up
-        scaled = _e4m3(tl.clamp(product * tl.load(scale), -448.0, 448.0))
+        scaled = _round(product * tl.load(scale), True)
         _store_bytes(out + row[:, None] * n + column[None, :], scaled, inside)
         tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(product)))
 
     @triton.jit
     def _swiglu_gradient_kernel(
         grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        E4M3: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
         row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
         at = row[:, None] * (2 * n) + column[None, :]
@@ -198,15 +206,14 @@ if triton is not None:
         up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(grad + row[:, None] * n + column[None, :], mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
-        product = _e4m3(tl.clamp(gate * sigmoid * up * tl.load(scale), -448.0, 448.0))
+        product = _round(gate * sigmoid * up * tl.load(scale), True)
         _store_transposed(product_t, product, row, column, m, m, n)
         d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
         d_up = g * gate * sigmoid
         largest = tl.maximum(tl.max(tl.abs(d_gate)), tl.max(tl.abs(d_up)))
         tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), largest)
         s = tl.load(grad_scale)
-        d_gate = _e5m2(tl.clamp(d_gate * s, -57344.0, 57344.0))
-        d_up = _e5m2(tl.clamp(d_up * s, -57344.0, 57344.0))
+        d_gate, d_up = _round(d_gate * s, E4M3), _round(d_up * s, E4M3)
         _store_bytes(wide + at, d_gate, inside)
         _store_bytes(wide + at + n, d_up, inside)
         _store_transposed(wide_t, d_gate, row, column, m, m, n)
@@ -238,7 +245,7 @@ if triton is not None:
         weight = tl.load(weights + row, mask=row < m, other=0.0)
         probability = tl.exp(z - shift[:, None])
         grad = weight[:, None] * (probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0))
-        grad = _e5m2(tl.clamp(grad, -57344.0, 57344.0))
+        grad = _round(grad, False)
         _store_bytes(out + at, grad, inside)
         _store_transposed(out_t, grad, row, column, m, m, n)
 
@@ -257,14 +264,16 @@ if triton is not None:
         kernel[_grid(m, n, block, block)](x, out, m, n, BLOCK=block, num_warps=4)
         return out
 
-    def _quantize_transpose(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _quantize_transpose(
+        x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (m, n), block = x.shape, 64
         grid = _grid(m, n, block, block)
-        out = torch.empty(m, n, dtype=E5M2, device=x.device)
-        out_t = torch.empty(n, m, dtype=E5M2, device=x.device)
+        out = torch.empty(m, n, dtype=dtype, device=x.device)
+        out_t = torch.empty(n, m, dtype=dtype, device=x.device)
         amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
         kernel = launch(_quantize_transpose_kernel)
-        kernel[grid](x, scale, out, out_t, amax, m, n, BLOCK=block, num_warps=4)
+        kernel[grid](x, scale, out, out_t, amax, m, n, E4M3=dtype == E4M3, BLOCK=block, num_warps=4)
         return out, out_t, amax
 
     def _swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,19 +287,19 @@ if triton is not None:
         return out, amax
 
     def _swiglu_gradient_quantize(
-        grad: torch.Tensor, gate_up: torch.Tensor, scale: torch.Tensor, grad_scale: torch.Tensor
+        grad: torch.Tensor, gate_up: torch.Tensor, scale: torch.Tensor, grad_scale: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         m, n = grad.shape
         block = (64, 64)
         grid = _grid(m, n, *block)
-        wide = torch.empty(m, 2 * n, dtype=E5M2, device=grad.device)
-        wide_t = torch.empty(2 * n, m, dtype=E5M2, device=grad.device)
+        wide = torch.empty(m, 2 * n, dtype=dtype, device=grad.device)
+        wide_t = torch.empty(2 * n, m, dtype=dtype, device=grad.device)
         product_t = torch.empty(n, m, dtype=E4M3, device=grad.device)
         amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=grad.device)
         kernel = launch(_swiglu_gradient_kernel)
         kernel[grid](
             grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
-            BLOCK_M=block[0], BLOCK_N=block[1], num_warps=8,
+            E4M3=dtype == E4M3, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=8,
         )  # fmt: skip
         return wide, wide_t, product_t, amax
 

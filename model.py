@@ -232,7 +232,7 @@ class RecurrentTransformer(nn.Module):
         """Train with FP8 GEMMs, those of `gemms`."""
         c = self.config
         uses = c.prelude + c.max_depth * c.recur + c.coda
-        self.gemms, self.scales = gemms, fp8.Scales(uses, self.embedding.weight.device)
+        self.gemms, self.scales = gemms, fp8.Scales(uses, self.embedding.weight.device, gemms.gradients)
 
     def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None):
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own

@@ -28,9 +28,12 @@ import config
 import data
 import evaluate
 import fp8
+import kernels
 from config import ConfigError
 from model import ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
 from optim import OptimConfig, build_optimizers, learning_rate
+
+FP8_GEMMS = ("forward", "input_grad", "weight_grad")
 
 
 @dataclass
@@ -58,7 +61,8 @@ class TrainConfig:
     device: str = "auto"
     # Of activations; auto: bfloat16 on CUDA. fp8: bfloat16 there, and FP8 in the GEMMs of blocks and head (see fp8.py).
     dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
-    fp8_gemms: list[str] = field(default_factory=lambda: ["forward", "input_grad", "weight_grad"])  # those in FP8
+    fp8_gemms: list[str] = field(default_factory=lambda: list(FP8_GEMMS))  # those of every layer that are in FP8
+    fp8_gradients: Literal["e5m2", "e4m3"] = "e5m2"  # more range, or more precision
     # What the backward pass computes again instead of keeping: nothing more than norms and the SwiGLU product; gate and
     # up of the SwiGLU too, half of all memory; or everything inside a recurrence.
     recompute: Literal["none", "mlp", "step"] = "none"
@@ -80,8 +84,8 @@ class TrainConfig:
             raise ValueError(f"'memory' must be [[0.0, length], [fraction, length], ...] in rising order, not {starts}")
         if min(length for _, length in self.memory) < 0:
             raise ValueError("'memory' lengths must not be negative")
-        if unknown := [name for name in self.fp8_gemms if name not in fp8.Gemms._fields]:
-            raise ValueError(f"'fp8_gemms' has '{unknown[0]}'; known are {', '.join(fp8.Gemms._fields)}")
+        if unknown := [name for name in self.fp8_gemms if name not in FP8_GEMMS]:
+            raise ValueError(f"'fp8_gemms' has '{unknown[0]}'; known are {', '.join(FP8_GEMMS)}")
 
 
 @dataclass
@@ -186,7 +190,10 @@ class Trainer:
         if self.device.type == "cuda" and (width := self.cfg.model.width % 16 or self.cfg.model.hidden % 16):
             reason = f"'model.width' and 'model.hidden' must be multiples of 16, and the remainder is {width}"
         if reason is None:
-            self.model.use_fp8(fp8.Gemms(*(name in self.t.fp8_gemms for name in fp8.Gemms._fields)))
+            on = {name: name in self.t.fp8_gemms for name in FP8_GEMMS}
+            self.model.use_fp8(
+                fp8.Gemms(**on, gradients=kernels.E4M3 if self.t.fp8_gradients == "e4m3" else kernels.E5M2)
+            )
         elif self.main:
             name = torch.cuda.get_device_name(self.device)
             print(f"FP8 is off, training in bfloat16: {name}: {reason}", file=sys.stderr)
@@ -469,7 +476,7 @@ class Trainer:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         if self.model.scales is not None:
-            dtype += f" and FP8 ({', '.join(name for name, on in self.model.gemms._asdict().items() if on)})"
+            dtype += f" and FP8 ({', '.join(self.t.fp8_gemms)}; gradients {self.t.fp8_gradients})"
         print(
             f"{counts['total'] / 1e6:.1f}M parameters (embedding {counts['embedding'] / 1e6:.1f}M, "
             f"blocks {counts['blocks'] / 1e6:.1f}M), depth up to {model.max_depth}, halting {model.halting}\n"
