@@ -1,12 +1,16 @@
-"""Scoring: packing, segments and memory change no result; totals by hand."""
+"""Scoring: packing, segments and memory change no result; totals by hand; the commands against direct scoring."""
 
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
+import eval_depth
 import evaluate
 from evaluate import Scores
 
@@ -126,3 +130,141 @@ def test_macro_by_hand():
     }
     expected = {"nats": 2, "perplexity": math.e**2, "bits_per_byte": 0.75, "depth": 3.5}
     assert evaluate.macro(domains) == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------------------------------- sliding windows
+
+
+def test_a_window_as_long_as_the_documents_changes_nothing(model, documents, case):
+    depth, alone = case
+    assert_same(evaluate.score_sliding(model, documents, window=64, stride=64, rows=3, depth=depth), alone)
+    assert_same(evaluate.score_sliding(model, documents, window=64, stride=7, rows=16, depth=depth), alone)
+
+
+def test_every_token_sees_its_window(model, documents):
+    window, stride = 12, 5
+    found = evaluate.score_sliding(model, documents, window, stride, rows=4)
+    for document, s in zip(documents, found):
+        for i in range(1, len(document)):  # the target
+            end = min(1 + (i - 1) // stride * stride + stride, len(document))
+            row = torch.from_numpy(document[max(0, end - 1 - window) : i + 1])[None]
+            with torch.no_grad():
+                out = model(row[:, :-1], row[:, 1:])
+            assert row.shape[1] - 1 > min(i, window) - stride
+            assert s.nll[i - 1] == pytest.approx(float(out.nll[0, -1]), abs=1e-4)
+            assert s.depth[i - 1] == int(out.depth[0, -1])
+
+
+# -------------------------------------------------------------------------------------------------- positions
+
+
+def test_positions_by_hand():
+    assert evaluate.bucket_edges(1) == evaluate.bucket_edges(1024) == [0, 128, 512, 1024]
+    assert evaluate.bucket_edges(2049) == [0, 128, 512, 1024, 2048, 4096]
+    long, short = scores([40] * 600, np.arange(600), [1] * 600), scores([40] * 2, [7, 9], [1, 1])
+    sums, counts = evaluate.by_position([long, short], [0, 128, 512, 1024])
+    assert counts.tolist() == [130, 384, 88]
+    assert sums.tolist() == [sum(range(128)) + 16, sum(range(128, 512)), sum(range(512, 600))]
+
+
+def test_comparison_by_hand():
+    ours, best = [scores([1, 2], [3, 3], [1, 1]), scores([1], [2], [1])], [scores([1, 2], [1, 3], [1, 1])]
+    mean, error = evaluate.compare(ours, [*best, scores([1], [2], [1])])
+    assert mean == pytest.approx(2 / 3)  # residuals of the documents: 2 - 2 * 2/3 and 0 - 2/3
+    assert error == pytest.approx(math.sqrt(2 * ((2 / 3) ** 2 + (2 / 3) ** 2)) / 3)
+    assert evaluate.compare(ours[:1], best) == (1, None)
+
+
+# -------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "tale.txt").write_text("It was the age of wisdom, it was the age of foolishness. " * 12)
+    lines = [json.dumps({"text": f"{i} little birds sat on a tree. " * i}) for i in (3, 9)]
+    (folder / "verse.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def run(capsys, *argv):
+    code = evaluate.main([*map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def test_perplexity_command(run_folder, texts, tmp_path, capsys):
+    file = tmp_path / "p.json"
+    options = ["--data", texts, "--depth", 2, 4, "--sliding", 16, "--json", file, "--device", "cpu"]
+    code, out, _ = run(capsys, "perplexity", run_folder, *options)
+    found = json.loads(file.read_text())
+    assert code == 0 and found["step"] == 7 and found["window"] == 64
+    assert [(row["depth"], row["sliding"]) for row in found["rows"]] == [
+        (None, None), (2, None), (4, None), (None, 16), (2, 16), (4, 16)
+    ]  # fmt: skip
+    model, _ = checkpoint.load_model(checkpoint.find(run_folder), torch.device("cpu"), torch.float32)
+    documents = {name: [d.tokens for d in group] for name, group in eval_depth.read_topics(texts, 10**5).items()}
+    for row in found["rows"]:
+        score = evaluate.score_sliding if row["sliding"] else evaluate.score
+        sizes = (64, 16) if row["sliding"] else (32, 32)
+        expected = {d: evaluate.summarize(score(model, of, *sizes, depth=row["depth"])) for d, of in documents.items()}
+        assert row["domains"]["tale"] == pytest.approx(expected["tale"], rel=1e-4)
+        assert row["macro"] == pytest.approx(evaluate.macro(expected), rel=1e-4)
+        assert f"{row['macro']['bits_per_byte']:.4f}" in out
+        assert row["depth"] is None or row["macro"]["depth"] == row["depth"]
+
+
+def test_perplexity_of_the_runs_own_data(tmp_path, write_run, write_prepared, capsys):
+    write_run(tmp_path)
+    write_prepared(tmp_path / "prepared", {"prose": (1.0, [["Some text."]], [["A held-out chapter.", "Another."]])})
+    code, out, _ = run(capsys, "perplexity", tmp_path, "--memory", 0, "--device", "cpu")
+    assert code == 0 and "memory 0" in out and "prose" in out and "macro" in out
+
+
+def test_context_command(run_folder, texts, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    json_file, figure = tmp_path / "c.json", tmp_path / "c.png"
+    argv = ["context", run_folder, "--data", texts, "--memory", 64, 0, "--json", json_file, "--figure", figure]
+    code, out, _ = run(capsys, *argv, "--device", "cpu")
+    found = json.loads(json_file.read_text())
+    assert code == 0 and found["memory"] == [0, 64] and figure.read_bytes()[:4] == b"\x89PNG"
+    model, _ = checkpoint.load_model(checkpoint.find(run_folder), torch.device("cpu"), torch.float32)
+    documents = [d.tokens for d in eval_depth.read_topics(texts, 10**5)["verse"]]
+    for memory, nats in zip(found["memory"], found["domains"]["verse"]["nats"]):
+        expected = evaluate.summarize(evaluate.score(model, documents, memory, 32))["nats"]
+        assert nats == pytest.approx(expected, rel=1e-5)
+    assert sum(found["domains"]["verse"]["tokens"]) == sum(len(d) - 1 for d in documents)
+    assert "context wall, verse" in out
+
+
+@pytest.mark.parametrize("loss, wall", [({0: 3, 32: 2, 64: 2.5}, 32), ({0: 3, 32: 2.5, 64: 2}, None)])
+def test_the_wall_is_the_best_memory_with_a_longer_one(loss, wall, run_folder, texts, tmp_path, capsys, monkeypatch):
+    def score(model, documents, memory, *_):
+        return [scores(d[1:], np.full(len(d) - 1, loss[memory]), np.ones(len(d) - 1, int)) for d in documents]
+
+    monkeypatch.setattr(evaluate, "score", score)
+    argv = ["--data", texts, "--domains", "tale", "--memory", *loss, "--json", tmp_path / "c.json", "--device", "cpu"]
+    code, out, _ = run(capsys, "context", run_folder, *argv)
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert code == 0 and found["macro"]["wall"] == found["domains"]["tale"]["wall"] == wall
+    assert ("none up to 64" if wall is None else "wall, tale: 32") in out
+
+
+def test_bad_input_is_one_line(run_folder, texts, tmp_path, capsys, monkeypatch):
+    cases = [
+        (["perplexity", tmp_path / "no"], "no such folder"),
+        (["perplexity", run_folder], "prepared: no such file or folder"),  # the checkpoint's own data is gone
+        (["perplexity", run_folder, "--data", tmp_path / "no"], "no such file or folder"),
+        (["perplexity", run_folder, "--data", texts, "--depth", 2, 9], "--depth 9 is outside 1..4"),
+        (["perplexity", run_folder, "--data", texts, "--sliding", 65], "--sliding 65 must lie in 1..64"),
+        (["perplexity", run_folder, "--data", texts, "--domains", "song"], "no domain 'song'; it has tale, verse"),
+        (["perplexity", run_folder, "--data", texts, "--tokens", 0], "--tokens 0"),
+        (["context", run_folder, "--data", texts, "--memory", 8, -1], "--memory -1 is negative"),
+        (["context", run_folder, "--data", texts, "--figure", tmp_path / "no" / "c.png"], "does not exist"),
+        (["zeroshot", run_folder], "pip install lm-eval"),
+    ]
+    monkeypatch.delitem(sys.modules, "zeroshot", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)  # as if it were not installed
+    for argv, message in cases:
+        code, out, err = run(capsys, *argv, "--device", "cpu")
+        assert code == 2 and out == "", argv
+        assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
