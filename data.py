@@ -82,6 +82,8 @@ class Prepared:
             raise DataError(f"{path}: {state} (no manifest.json); run prepare_data.py with its data config") from None
         try:
             manifest = json.loads(raw)
+            if kind := manifest.get("kind"):
+                raise DataError(f"{path}: holds {kind} data, not pretraining text; name the right folder")
             if (version := manifest["version"]) != MANIFEST_VERSION:
                 raise DataError(f"{file}: version {version}, expected {MANIFEST_VERSION}; prepare it again")
             if manifest["tokenizer_sha256"] != RANKS_SHA256:

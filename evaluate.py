@@ -1,10 +1,10 @@
 """Scoring text: negative log-likelihood and depth of every token, with Transformer-XL memory, document by document.
 
     python evaluate.py perplexity runs/demo                 held-out text of the run's data: nats, bits per byte, ...
-    python evaluate.py perplexity runs/demo --data ../shared/data/heldout --depth 2 4 --sliding 128
+    python evaluate.py perplexity runs/demo --data heldout --depth 2 4 --sliding 128
     python evaluate.py context runs/demo --memory 0 512 1024 2048 --domains books arxiv edu --figure context.png
     python evaluate.py zeroshot runs/demo --tasks lambada,hellaswag,arc_easy,arc_challenge \\
-        --benchmarks ../shared/data/benchmarks              through lm-evaluation-harness: zeroshot.py
+        --benchmarks folder                                through lm-evaluation-harness: zeroshot.py
 
 perplexity  of each domain, and of the model: the mean over domains. At the depth that every token chooses, and at the
             depths of --depth; with memory, and with --sliding windows instead of it

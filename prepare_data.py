@@ -3,6 +3,7 @@
     python prepare_data.py configs/data/demo.toml
     python prepare_data.py configs/data/shared13.toml --out=data/small --tokens=5e6
     python prepare_data.py configs/data/demo.toml --verify
+    python prepare_data.py configs/data/sft_shared.toml            (kind = "sft" or "preference": see prepare_chat.py)
 
 A domain (a topic such as "code") is a weight and a list of sources, read in order. Documents pass through three
 steps: read and decoded here, hashed and tokenised in threads (tiktoken releases the GIL), then, in reading order
@@ -32,6 +33,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+import tomllib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -41,6 +43,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+import prepare_chat
 from config import ConfigError, differences, load
 from data import EOT, MANIFEST_VERSION, RANKS_SHA256, DataError, load_tokenizer
 from sources import Bad, Record, Source, list_files, read_sources
@@ -516,6 +519,15 @@ def main(arguments=None):
     if unknown or (options.workers is not None and options.workers < 1):
         parser.error(f"what is '{unknown[0]}'? overrides look like --key=value" if unknown else "--workers is below 1")
     try:
+        if holds_chats(options.config):
+            config = load(options.config, prepare_chat.ChatConfig, overrides)
+            if options.benchmark:
+                raise ConfigError(f"{options.config}: --benchmark is for pretraining text")
+            if options.verify:
+                prepare_chat.verify(Path(config.out))
+            else:
+                prepare_chat.prepare(config, options.workers)
+            return 0
         config = load(options.config, DataConfig, overrides)
         if options.verify:
             verify(Path(config.out))
@@ -524,7 +536,7 @@ def main(arguments=None):
         else:
             prepare(config, options.workers)
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues where this run was", file=sys.stderr)
+        print("\nstopped; the same command continues where this run was (chat data: from the start)", file=sys.stderr)
         return 130
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -533,6 +545,14 @@ def main(arguments=None):
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def holds_chats(path):
+    """Whether a config is of conversations: it has a `kind`. What cannot be read, `load` reports."""
+    try:
+        return "kind" in tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def explain(error):

@@ -39,7 +39,7 @@ class Source:
     generated: str = ""  # "arithmetic" or "word_problems": made here, from the seed
     hub: str = ""  # a Hugging Face data set, streamed
     licence: str = ""
-    text: str = "text"  # the column or JSON key that holds the text
+    text: str = "text"  # the column or JSON key that holds the text; "": the whole row (prepare_chat.py)
     glob: list[str] = field(default_factory=lambda: ["**/*.py"])  # package: which of its files
     exclude: list[str] = field(default_factory=list)  # package: patterns of files to leave out
     extract: Literal["text", "docstrings", "conversations"] = "text"  # what to take from a file
@@ -89,7 +89,7 @@ class Bad(NamedTuple):
 
 
 class Record(NamedTuple):
-    text: str | Bad
+    text: str | dict | Bad
     source: int
     file: str
     next: tuple[int, int, int]  # (source, file, record) at which reading continues after this one
@@ -152,13 +152,17 @@ def read_file(source, path, skip, seed):
         return read_jsonl(source, path, skip)
     if str(path).endswith(".parquet"):
         return read_parquet(source, path, skip)
+    if str(path).endswith(".json") and not source.text:
+        return read_json(path, skip)
     return read_text(source, path, skip)
 
 
 def column(row, name):
-    """The text of one row, or why there is none."""
+    """The text of one row, or why there is none; with no `name` the row."""
     if not isinstance(row, dict):
         return Bad("not a JSON object")
+    if not name:
+        return row
     if name not in row:
         return Bad(f"no column '{name}' (there are: {', '.join(map(str, row))}); name the right one with text = ...")
     return row[name] if isinstance(row[name], str) else Bad(f"'{name}' is {type(row[name]).__name__}, not text")
@@ -222,6 +226,21 @@ def read_jsonl(source, path, skip):
             yield number, Bad(text.reason, number) if isinstance(text, Bad) else text, position
         if not number:
             raise DataError("the file is empty")
+
+
+def read_json(path, skip):
+    """The rows of one JSON list, counted from 1."""
+    try:
+        rows = json.loads(Path(path).read_bytes())
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"broken JSON: {error.msg} at line {error.lineno}; one object a line is .jsonl") from None
+    if not isinstance(rows, list) or not rows:
+        raise DataError("not a list of rows; one object a line is .jsonl")
+    for number, row in enumerate(rows[skip:], skip + 1):
+        row = column(row, "")
+        yield number, Bad(row.reason, number) if isinstance(row, Bad) else row, 0
 
 
 def read_parquet(source, path, skip):
