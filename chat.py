@@ -126,7 +126,10 @@ def question(row, *names):
         value, extra = wrapped[1], wrapped[2]
     if extra is not None:
         value = "\n\n".join(message["content"] for message in messages(value) + messages(extra) if message["content"])
-    return messages(value)
+    talk = messages(value)
+    if talk and talk[-1] == {"role": "assistant", "content": ""}:  # "\n\nAssistant:", waiting for the answer
+        talk.pop()
+    return talk
 
 
 def is_transcript(text):
@@ -153,7 +156,7 @@ def messages(value, role="user"):
         if not isinstance(message, dict):
             raise FormError(f"message {i} is {type(message).__name__}, not an object with role and content")
         who, text = pick(message, "role", "from"), pick(message, "content", "value")
-        if who not in ROLES:
+        if not isinstance(who, str) or who not in ROLES:
             raise FormError(f"message {i} has the role {who!r}; known roles: {', '.join(ROLES)}")
         if not isinstance(text, str):
             raise FormError(f"message {i} has no text: its content is {type(text).__name__}")
@@ -161,7 +164,7 @@ def messages(value, role="user"):
         if pick(value[i], "weight") == 0:
             message["weight"] = 0
         if talk and talk[-1]["role"] == message["role"] and talk[-1].get("weight") == message.get("weight"):
-            talk[-1]["content"] += "\n\n" + message["content"]
+            talk[-1]["content"] = "\n\n".join(filter(None, (talk[-1]["content"], message["content"])))
         else:
             talk.append(message)
     return talk
