@@ -228,11 +228,14 @@ class RecurrentTransformer(nn.Module):
         self.run_block = torch.compile(self.run_block, dynamic=False)
         self.compiled = True
 
+    @property
+    def uses(self):
+        """How often a block is applied at full depth."""
+        return self.config.prelude + self.config.max_depth * self.config.recur + self.config.coda
+
     def use_fp8(self, gemms=fp8.FP8):
         """Train with FP8 GEMMs, those of `gemms`."""
-        c = self.config
-        uses = c.prelude + c.max_depth * c.recur + c.coda
-        self.gemms, self.scales = gemms, fp8.Scales(uses, self.embedding.weight.device, gemms.gradients)
+        self.gemms, self.scales = gemms, fp8.Scales(self.uses, self.embedding.weight.device, gemms.gradients)
 
     def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None):
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
@@ -327,8 +330,7 @@ class RecurrentTransformer(nn.Module):
         self.w_head.prepare(self.compute_dtype, gemms)
         if self.w_inject is not None:
             self.w_inject.prepare(self.compute_dtype, fp8.BF16)
-        uses = len(self.prelude) + self.config.max_depth * self.config.recur + len(self.coda)
-        return list(zip([gemms] * uses, self.scales.of_uses() if in_fp8 else [None] * uses))
+        return list(zip([gemms] * self.uses, self.scales.of_uses() if in_fp8 else [None] * self.uses))
 
     def run_block(self, block, x, rope, spans, past, gemms):
         return block(x, None, rope, spans, past, gemms, self.recompute == "mlp" and torch.is_grad_enabled())

@@ -86,7 +86,6 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 lr = torch.full((), group["lr"], device=params[0].device)  # a number would compile anew at every step
                 self.update(params, [p.grad for p in params], buffers, lr, group["weight_decay"], group["momentum"])
-                torch.autograd.graph.increment_version(params)  # compiled code does not, and `fp8.Weight` goes by it
 
 
 def _muon_update(params, grads, buffers, lr, weight_decay, momentum):
