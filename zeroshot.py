@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -311,6 +310,8 @@ def evaluate_tasks(harness, names, folder=None, limit=None, execute=False):
     tasks = load_tasks(names, folder, limit, execute)
     if "humaneval" in names:
         print(f"humaneval: programs run with {'; '.join(limits())}", file=sys.stderr)
+    # its bootstrap forks a pool of processes, which deadlocks now and then beside PyTorch's threads
+    os.environ["DISABLE_MULTIPROC"] = "1"
     with redirect_stdout(sys.stderr):  # the harness prints its progress there
         manager = TaskManager(include_defaults=False)  # it needs one, and the tasks are loaded
         results = simple_evaluate(
@@ -374,15 +375,18 @@ def passes(program, seconds=10, memory=2**30):
 
     It guards against mistakes, not against malice: run it where nothing can be lost."""
 
-    def limit():
-        for name, value in (("CPU", seconds), ("AS", memory), ("FSIZE", 2**20), ("CORE", 0), ("NOFILE", 64)):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-
+    limits = {"CPU": seconds, "AS": memory, "FSIZE": 2**20, "CORE": 0, "NOFILE": 64}
+    launch = (  # in the child, as Python code between fork and exec may deadlock in a process with threads
+        "import os, resource, sys\n"
+        f"for name, value in {limits}.items():\n"
+        "    resource.setrlimit(getattr(resource, 'RLIMIT_' + name), (value, value))\n"
+        "os.execv(sys.executable, [sys.executable, '-I', 'program.py'])"
+    )
     done = uuid.uuid4().hex  # printed at the end: a program that exits before its tests has not passed them
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "program.py").write_text(f"{program}\nprint('\\n{done}')\n", encoding="utf-8", errors="replace")
         process = subprocess.Popen(
-            [*namespace(), sys.executable, "-I", "program.py"], cwd=folder, env={}, preexec_fn=limit,
+            [*namespace(), sys.executable, "-I", "-c", launch], cwd=folder, env={},
             start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
