@@ -20,8 +20,8 @@ encoded as text whatever it says: "<|user|>" typed by a user is five or so ordin
 import hashlib
 import itertools
 import json
-import math
 import re
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -328,22 +328,36 @@ class ChatRows:
 
     def _fill(self, place, tokens, after, weights):
         """Fill one stream's segment; returns the number of tokens that are of conversations."""
-        filled, T = 0, self.segment
-        while filled < T:
-            if place[0] < 0:
-                place[:] = self.queue.take(), 0
-                if place[0] < 0:  # after the last epoch
-                    break
-            row, start = place
-            end = min(start + T - filled, int(self.data.index[row, 1]))
+        filled = 0
+        for row, start, end in self._pieces(place):
             ids, mask = self.data.row(row, start, end + 1)  # with one token more, for the last target
             n = end - start
             tokens[filled : filled + n] = ids[:n]
             after[filled : filled + n] = targets(ids, mask)[:n]
             weights[filled : filled + n] = mask[:n]
             filled += n
-            place[:] = (row, end) if end < self.data.index[row, 1] else (-1, 0)
         return filled
+
+    def _pieces(self, place):
+        """(conversation, start, end) of what fills a stream's next segment; moves `place` on."""
+        room = self.segment
+        while room:
+            if place[0] < 0:
+                place[:] = self.queue.take(), 0
+                if place[0] < 0:  # after the last epoch
+                    return
+            row, start = place
+            length = int(self.data.index[row, 1])
+            end = min(start + room, length)
+            room -= end - start
+            place[:] = (row, end) if end < length else (-1, 0)
+            yield row, start, end
+
+    def __len__(self):
+        """Batches in all the epochs, from the first on."""
+        dry = copy(self)
+        dry.queue, dry.place = Queue(self.queue.n, self.seed, self.epochs), [[-1, 0] for _ in range(self.rows)]
+        return sum(1 for _ in iter(lambda: any([list(dry._pieces(place)) for place in dry.place]), False))
 
     def state(self):
         """Where the streams stand after the last batch, as plain lists."""
@@ -373,71 +387,90 @@ class Queue:
 
 
 class PairBatch(NamedTuple):
-    """chosen, rejected: (n, L) int64, filled up with <|endoftext|>, which opens documents of its own and so disturbs
-    nothing. chosen_mask, rejected_mask: (n, L) bool, the predictions of the answer; `targets(chosen, chosen_mask)` are
-    its tokens. index: (n,) int64, which pair of the split each one is."""
+    """Preference pairs packed into rows. tokens, targets: (rows, T) int64; what no pair fills is <|endoftext|>.
+    sequence: (rows, T) int64, 2i where the target is of the i-th pair's chosen answer, 2i + 1 of its rejected one, -1
+    elsewhere. pairs: (n,) int64, which pair of the split the i-th is."""
 
-    chosen: np.ndarray
-    rejected: np.ndarray
-    chosen_mask: np.ndarray
-    rejected_mask: np.ndarray
-    index: np.ndarray
+    tokens: np.ndarray
+    targets: np.ndarray
+    sequence: np.ndarray
+    pairs: np.ndarray
 
 
 class PreferencePairs:
-    """Batches of `size` pairs of similar length, every pair once an epoch, shuffled by `seed` (None: in order of
-    length, the same every epoch). The last batch of an epoch may be smaller. It ends after `epochs` (0: never)."""
+    """Batches of `parts` `PairBatch`es of `rows` rows of T tokens: what DPO reads.
 
-    def __init__(self, chats, split, size, seed, epochs=0, multiple=64):
-        """multiple: L is rounded up to one of it, so that few shapes occur. Raises `DataError`."""
+    Both sides of a pair lie in one `PairBatch`, each whole and within one row. Every pair comes once an epoch, shuffled
+    by `seed`; the last batch of an epoch is filled up with empty parts. It ends after `epochs` (0: never)."""
+
+    def __init__(self, chats, split, parts, rows, segment, seed, epochs=0):
+        """Raises `DataError` where the folder holds conversations, the split is empty or a pair is too long."""
         if chats.manifest["kind"] != "preference":
             raise DataError(f"{chats.path}: holds conversations, not pairs; name a folder of kind 'preference'")
         self.data = chats.split(split)
-        self.size, self.seed, self.epochs, self.multiple = size, seed, epochs, multiple
-        self.lengths = self.data.index[:, 1].reshape(-1, 2).max(1)
-        self.epoch, self.nth, self.order = 0, 0, (None, None)
+        self.lengths = self.data.index[:, 1].reshape(-1, 2)
+        if (longest := int(self.lengths.max())) > segment:
+            raise DataError(f"{chats.path}: its longest row of {longest} tokens does not fit into {segment}")
+        if rows == 1 and (most := int(self.lengths.sum(1).max())) > segment:
+            raise DataError(f"{chats.path}: its longest pair of {most} tokens does not fit into one row of {segment}")
+        self.parts, self.rows, self.segment, self.seed, self.epochs = parts, rows, segment, seed, epochs
+        self.epoch, self.nth, self.plan = 0, 0, (None, None)
 
     def __len__(self):
-        """Batches an epoch."""
-        return math.ceil(len(self.lengths) / self.size)
+        """Batches in all the epochs, from the first on."""
+        return sum(len(self._plan(epoch)) for epoch in range(self.epochs))
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        """The next `PairBatch`."""
+        """The next list of `PairBatch`es."""
         if self.epochs and self.epoch >= self.epochs:
             raise StopIteration
-        if self.order[0] != self.epoch:
-            self.order = self.epoch, self._batches()
-        batch = self.batch(self.order[1][self.nth])
+        if self.plan[0] != self.epoch:
+            self.plan = self.epoch, self._plan(self.epoch)
+        batch = [self._pack(places) for places in self.plan[1][self.nth]]
         self.nth += 1
-        if self.nth == len(self):
+        if self.nth == len(self.plan[1]):
             self.epoch, self.nth = self.epoch + 1, 0
         return batch
 
-    def _batches(self):
-        """The pairs of every batch of an epoch: sorted by length within 16 batches of a shuffled order, or over all."""
-        if self.seed is None:
-            order = np.argsort(-self.lengths, kind="stable")  # longest first: what memory must hold shows at once
-            return [order[i : i + self.size] for i in range(0, len(order), self.size)]
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order, near = rng.permutation(len(self.lengths)), 16 * self.size
-        chunks = [order[i : i + near] for i in range(0, len(order), near)]
-        chunks = [chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks]
-        batches = [chunk[i : i + self.size] for chunk in chunks for i in range(0, len(chunk), self.size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+    def _plan(self, epoch):
+        """Where the sides of every pair of an epoch go: a list of batches of parts of (pair, [(row, start), ...])."""
+        parts, free = [], None
+        for pair in np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths)):
+            if not free or (places := self._place(pair, free)) is None:
+                free = [0] * self.rows  # tokens of every row that are taken
+                parts.append([])
+                places = self._place(pair, free)
+            parts[-1].append((int(pair), places))
+        parts += [[] for _ in range(-len(parts) % self.parts)]
+        return [parts[i : i + self.parts] for i in range(0, len(parts), self.parts)]
 
-    def batch(self, index):
-        """The `PairBatch` of the pairs `index`."""
-        length = -(-int(self.lengths[index].max()) // self.multiple) * self.multiple
-        ids = np.full((2, len(index), length), EOT)
-        mask = np.zeros(ids.shape, bool)
-        for n, pair in enumerate(index):
-            for side in range(2):
-                row, trained = self.data.row(2 * pair + side)
-                ids[side, n, : len(row)], mask[side, n, : len(row)] = row, trained
-        return PairBatch(*ids, *mask, np.asarray(index, np.int64))
+    def _place(self, pair, taken):
+        """The first row with room for each side, as [(row, start), (row, start)]; None, and nothing changed, if one
+        has no room."""
+        before, places = list(taken), []
+        for length in self.lengths[pair].tolist():
+            row = next((row for row, used in enumerate(taken) if used + length <= self.segment), None)
+            if row is None:
+                taken[:] = before
+                return None
+            places.append((row, taken[row]))
+            taken[row] += length
+        return places
+
+    def _pack(self, places):
+        """The `PairBatch` of one part of the plan."""
+        tokens = np.full((self.rows, self.segment), EOT)
+        after, sequence = tokens.copy(), np.full_like(tokens, -1)
+        for i, (pair, sides) in enumerate(places):
+            for side, (row, start) in enumerate(sides):
+                ids, mask = self.data.row(2 * pair + side)
+                span = slice(start, start + len(ids))
+                tokens[row, span], after[row, span] = ids, targets(ids, mask)
+                sequence[row, span][mask] = 2 * i + side
+        return PairBatch(tokens, after, sequence, np.array([pair for pair, _ in places], np.int64))
 
     def state(self):
         return {"epoch": self.epoch, "nth": self.nth}

@@ -41,44 +41,53 @@ class Scores:
     nll: np.ndarray
     depth: np.ndarray
 
+    def where(self, mask):
+        """The part of it where mask (n,) is true."""
+        return Scores(self.tokens[mask], self.nll[mask], self.depth[mask])
+
+
+def score(model, documents, memory, segment=512, rows=16, depth=None, progress=None):
+    """`score_pairs` of documents, each a (n + 1,) array of tokens that opens with <|endoftext|>."""
+    return score_pairs(model, [(d[:-1], d[1:]) for d in documents], memory, segment, rows, depth, progress)
+
 
 @torch.no_grad()
-def score(model, documents, memory, segment=512, rows=16, depth=None, progress=None):
-    """Score documents, each a (n + 1,) array of tokens that opens with <|endoftext|>; returns a `Scores` for each.
+def score_pairs(model, pairs, memory, segment=512, rows=16, depth=None, progress=None):
+    """A `Scores` for each (tokens, targets), both (n,) int64, of which the tokens open with <|endoftext|>.
 
     Every document is read from its start in segments, with `memory` tokens of Transformer-XL memory. Documents are
     packed one after another into `rows` rows of similar length. depth: as in the model's forward. progress: a label for
     a progress bar, or None.
     """
-    rows = max(1, min(rows, len(documents)))
+    rows = max(1, min(rows, len(pairs)))
     queues, fill = [[] for _ in range(rows)], [(0, row) for row in range(rows)]
-    for i in sorted(range(len(documents)), key=lambda i: -len(documents[i])):  # longest first, to the shortest row
+    for i in sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0])):  # longest first, to the shortest row
         length, row = heapq.heappop(fill)
         queues[row].append(i)
-        heapq.heappush(fill, (length + len(documents[i]), row))
+        heapq.heappush(fill, (length + len(pairs[i][0]), row))
     length = -(-max(length for length, _ in fill) // segment) * segment
-    packed = np.full((rows, length + 1), model.config.document_start)
+    packed = np.full((2, rows, length), model.config.document_start)
     for row, queue in enumerate(queues):
-        joined = np.concatenate([documents[i] for i in queue])
-        packed[row, : len(joined)] = joined
+        joined = np.concatenate([np.stack(pairs[i]) for i in queue], 1)
+        packed[:, row, : joined.shape[1]] = joined
 
     state = model.new_memory(rows, memory)
     nll, taken = np.empty((rows, length), np.float32), np.empty((rows, length), np.int64)
     hidden = None if progress else True  # None: shown on a terminal only
     for start in tqdm(range(0, length, segment), desc=progress, disable=hidden, unit="segment", leave=False):
-        tokens = torch.from_numpy(packed[:, start : start + segment + 1])
-        out = model(tokens[:, :-1], tokens[:, 1:], state, depth)
+        part = slice(start, start + segment)
+        out = model(*torch.from_numpy(packed[:, :, part]), state, depth)
         state = out.memory
-        nll[:, start : start + segment] = out.nll.cpu().numpy()
-        taken[:, start : start + segment] = out.depth.cpu().numpy()
+        nll[:, part] = out.nll.cpu().numpy()
+        taken[:, part] = out.depth.cpu().numpy()
 
-    scores = [None] * len(documents)
+    scores = [None] * len(pairs)
     for row, queue in enumerate(queues):
         position = 0
         for i in queue:
-            span = slice(position, position + len(documents[i]) - 1)
-            scores[i] = Scores(documents[i][1:], nll[row, span], taken[row, span])
-            position += len(documents[i])
+            span = slice(position, position + len(pairs[i][0]))
+            scores[i] = Scores(pairs[i][1], nll[row, span], taken[row, span])
+            position = span.stop
     return scores
 
 

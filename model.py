@@ -77,8 +77,8 @@ class ModelConfig:
 
 @dataclass
 class Output:
-    """Of one segment. logits: (B, T, padded V), or None where `targets` were given; then loss: the weighted sum of nll,
-    to differentiate, and nll: (B, T) float32 nats, to report;
+    """Of one segment. logits: (B, T, padded V), or None where `targets` were given; then loss: the weighted sum of nll
+    (or a function of it), to differentiate, and nll: (B, T) float32 nats, to report;
     depth: (B, T) int64 steps used, Graves' N(t); ponder: (B, T) float32, N(t) + R(t); weights: (steps, B, T) of the
     states in the output, or None where halting is fixed; context: mean number of visible keys;
     memory: for the next segment, or None."""
@@ -240,8 +240,8 @@ class RecurrentTransformer(nn.Module):
     def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None):
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
         rule, or k to make every token take exactly k steps (no token halts before). weights: (B, T) float32 of the
-        tokens in the loss; None: their mean. spans: what `spans(tokens, memory)` returned, where it was worked out
-        ahead. Returns `Output`.
+        tokens in the loss; None: their mean; or a function that makes the loss, a scalar, of nll (B, T). spans: what
+        `spans(tokens, memory)` returned, where it was worked out ahead. Returns `Output`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
@@ -361,13 +361,31 @@ class RecurrentTransformer(nn.Module):
         return torch.sigmoid((norm(h.float()) * self.halting.weight).sum(-1) + self.halting.bias)
 
     def loss(self, out, targets, weights):
-        """The sum of weights * nll, and nll (B, T) float32 in nats, without gradient; `out`: the states (B, T, D)."""
+        """The sum of weights * nll, or what the function `weights` makes of nll; and nll (B, T) float32 in nats, which
+        has no gradient. out: the states (B, T, D)."""
         gemms = self.gemms if torch.is_grad_enabled() and self.scales is not None else fp8.BF16
-        states, targets, weights = norm(out).flatten(0, 1), targets.flatten(), weights.flatten()
-        loss, nll = fp8.cross_entropy(
-            states, self.w_head, self.padding, targets, weights, gemms, compiled=self.compiled
-        )
-        return loss, nll.view(out.shape[:2])
+        states, targets, shape = norm(out).flatten(0, 1), targets.flatten(), out.shape[:2]
+
+        def head(weights):
+            return fp8.cross_entropy(
+                states, self.w_head, self.padding, targets, weights.flatten(), gemms, compiled=self.compiled
+            )
+
+        if not callable(weights):
+            loss, nll = head(weights)
+            return loss, nll.view(shape)
+        # The head makes its gradient beside the logits, so it must know the weights before: the derivative by nll.
+        with torch.no_grad():
+            _, nll = head(torch.zeros(shape, device=out.device))
+        with torch.enable_grad():
+            nll = nll.view(shape).requires_grad_()
+            value = weights(nll)
+            (derivative,) = torch.autograd.grad(value, nll)
+        value, nll = value.detach(), nll.detach()
+        if not torch.is_grad_enabled():
+            return value, nll
+        loss, _ = head(derivative)
+        return loss + (value - loss.detach()), nll
 
     # ---------------------------------------------------------------------------------------------- memory
 

@@ -41,8 +41,8 @@ class ChatDomain:
         if not self.sources:
             raise ValueError("sources is empty")
         for source in self.sources + self.val:
-            if source.kind not in ("files", "hub"):
-                raise ValueError(f"conversations come from 'files' or 'hub', not from '{source.kind}'")
+            if source.kind not in ("files", "hub") and not source.conversational:
+                raise ValueError(f"{source.kind} '{source.name}' gives text; a package needs extract = 'chats'")
 
 
 @dataclass

@@ -71,6 +71,9 @@ class Domain:
             raise ValueError(f"weight must be above 0, not {self.weight}")
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), not {self.val_fraction}")
+        for source in self.sources + self.val:
+            if source.conversational:
+                raise ValueError(f"{source.kind} '{source.name}' gives conversations, not text; set kind = 'sft'")
 
 
 @dataclass

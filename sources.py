@@ -36,13 +36,13 @@ class Source:
     files: str = ""  # a path or glob: .jsonl, .jsonl.zst and .parquet by rows, anything else one document a file
     package: str = ""  # an installed package, found but never imported; "stdlib" is Python's own library
     mapping: str = ""  # "module:attribute", a dict of texts
-    generated: str = ""  # "arithmetic" or "word_problems": made here, from the seed
+    generated: str = ""  # one of `GENERATORS`: made here, from the seed
     hub: str = ""  # a Hugging Face data set, streamed
     licence: str = ""
     text: str = "text"  # the column or JSON key that holds the text; "": the whole row (prepare_chat.py)
     glob: list[str] = field(default_factory=lambda: ["**/*.py"])  # package: which of its files
     exclude: list[str] = field(default_factory=list)  # package: patterns of files to leave out
-    extract: Literal["text", "docstrings", "conversations"] = "text"  # what to take from a file
+    extract: Literal["text", "docstrings", "conversations", "chats"] = "text"  # what to take from a file
     cut: str = ""  # a regular expression: a new document starts at every line that matches it
     documents: int = 1000  # generated: how many
     config: str = ""  # hub: configuration, split, revision
@@ -71,6 +71,11 @@ class Source:
     @property
     def name(self):
         return getattr(self, self.kind)
+
+    @property
+    def conversational(self):
+        """Whether its records are rows for prepare_chat.py, and never text."""
+        return self.extract == "chats" or self.generated in ("questions", "preferences")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,27 +343,42 @@ def extract_docstrings(code):
     return ["\n\n\n".join(part for part in parts if part)]
 
 
-def extract_conversations(text, least=400):
-    """Dialogues of a chatterbot-corpus YAML file, several to a document: most are a question and its answer."""
+def read_talks(text):
+    """The dialogues of a chatterbot-corpus YAML file, each a list of lines; most are a question and its answer."""
     import yaml
 
     try:
         talks = yaml.load(text, yaml.BaseLoader)["conversations"]  # the base loader keeps "yes" a text
-        talks = ["\n".join(f"{'AB'[i % 2]}: {line}" for i, line in enumerate(talk)) for talk in talks]
+        return [[str(line) for line in talk] for talk in talks]
     except (yaml.YAMLError, TypeError, KeyError) as error:
         raise ValueError(f"no conversations in it: {' '.join(str(error).split())}") from None
+
+
+def extract_conversations(text, least=400):
+    """Documents of several dialogues each."""
     documents = [""]
-    for talk in talks:
+    for talk in read_talks(text):
         if len(documents[-1]) >= least:
             documents.append("")
-        documents[-1] += ("\n\n" if documents[-1] else "") + talk
+        lines = "\n".join(f"{'AB'[i % 2]}: {line}" for i, line in enumerate(talk))
+        documents[-1] += ("\n\n" if documents[-1] else "") + lines
     return documents
+
+
+def extract_chats(text):
+    """Rows with the messages of a dialogue."""
+    roles = ("user", "assistant")
+    return [
+        {"messages": [{"role": roles[i % 2], "content": line} for i, line in enumerate(talk)]}
+        for talk in read_talks(text)
+    ]
 
 
 EXTRACTORS = {
     "text": lambda text: [text],
     "docstrings": extract_docstrings,
     "conversations": extract_conversations,
+    "chats": extract_chats,
 }
 
 
@@ -432,4 +452,17 @@ def worksheet(problem):
     return lambda r: "\n\n".join("Question: {}\nAnswer: {}".format(*problem(r)) for _ in range(5))
 
 
-GENERATORS = {"arithmetic": worksheet(arithmetic), "word_problems": worksheet(word_problem)}
+def question(r):
+    return dict(zip(("prompt", "response"), word_problem(r)))
+
+
+def preference(r):
+    """The solution of a problem, and that of another one, fluent and wrong."""
+    (prompt, chosen), (_, rejected) = word_problem(r), word_problem(r)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+GENERATORS = {
+    "arithmetic": worksheet(arithmetic), "word_problems": worksheet(word_problem),
+    "questions": question, "preferences": preference,
+}  # fmt: skip

@@ -26,26 +26,21 @@ from tqdm import tqdm
 import checkpoint
 import config
 import data
-import evaluate
 import fp8
 import kernels
 from config import ConfigError
 from model import ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
 from optim import OptimConfig, build_optimizers, learning_rate
+from stages import STAGES, DataConfig, DPOConfig, EvalConfig
 
 FP8_GEMMS = ("forward", "input_grad", "weight_grad")
 
 
 @dataclass
-class DataConfig:
-    path: str  # a folder made by prepare_data.py
-    weights: dict[str, float] = field(default_factory=dict)  # of domains; empty: those of the manifest
-
-
-@dataclass
 class TrainConfig:
-    tokens: int  # in all
     batch_size: int  # rows of all processes and micro-batches; each is a stream with a memory of its own
+    tokens: int = 0  # pretrain: in all
+    epochs: int = 0  # sft, dpo: how often all rows are read
     micro_batch: int = 0  # rows in one forward pass; 0: all rows of the process
     segment: int = 512  # tokens of a row in one step
     # Memory curriculum: from this fraction of training on, that many tokens of Transformer-XL memory.
@@ -71,14 +66,12 @@ class TrainConfig:
     wandb: str = ""  # a Weights & Biases project to log to; empty: none
 
     def __post_init__(self):
-        for name in ("tokens", "batch_size", "segment", "checkpoint_interval", "keep", "log_interval", "max_bad_steps"):
+        for name in ("batch_size", "segment", "checkpoint_interval", "keep", "log_interval", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
         for name in ("micro_batch", "seed", "ponder_rate", "peak_tflops"):
             if getattr(self, name) < 0:
                 raise ValueError(f"'{name}' must not be negative, as {getattr(self, name)} is")
-        if self.tokens < self.batch_size * self.segment:
-            raise ValueError(f"'tokens' = {self.tokens} is less than one step of batch_size x segment tokens")
         starts = [start for start, _ in self.memory]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
             raise ValueError(f"'memory' must be [[0.0, length], [fraction, length], ...] in rising order, not {starts}")
@@ -89,18 +82,6 @@ class TrainConfig:
 
 
 @dataclass
-class EvalConfig:
-    interval: int = 1000  # in steps; also before the first and after the last
-    tokens: int = 32768  # of every domain's held-out text
-    rows: int = 16
-    depths: list[int] = field(default_factory=list)  # forced depths to report beside the model's own
-
-    def __post_init__(self):
-        if min(self.interval, self.tokens - 1, self.rows) < 1:
-            raise ValueError("'interval' and 'rows' must be at least 1, 'tokens' at least 2")
-
-
-@dataclass
 class Config:
     out: str
     model: ModelConfig
@@ -108,15 +89,61 @@ class Config:
     train: TrainConfig
     optim: OptimConfig
     eval: EvalConfig
-    stage: Literal["pretrain"] = "pretrain"
+    dpo: DPOConfig
+    stage: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    # A run, checkpoint or exported file to take the weights and the [model] from; sft needs a pretrained model, dpo an
+    # instruction-tuned one.
+    init: str = ""
 
     def __post_init__(self):
+        t, pretraining = self.train, self.stage == "pretrain"
+        if pretraining and t.tokens < t.batch_size * t.segment:
+            raise ValueError(f"'train.tokens' = {t.tokens} is less than one step of batch_size x segment tokens")
+        if not pretraining and t.epochs < 1:
+            raise ValueError(f"'train.epochs' must be at least 1 in the stage {self.stage}, not {t.epochs}")
+        for name, used in (("epochs", not pretraining), ("tokens", pretraining)):
+            if getattr(t, name) and not used:
+                raise ValueError(f"'train.{name}' is not used in the stage {self.stage}; leave it out")
+        if self.data.weights and not pretraining:
+            raise ValueError(f"'data.weights' is not used in the stage {self.stage}; leave it out")
+        if not pretraining and not self.init:
+            raise ValueError(f"'init' is missing: the stage {self.stage} goes on from a model; name its run folder")
+        if self.stage == "dpo" and t.target_depth:
+            raise ValueError("'train.target_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
+        if self.stage != "dpo" and self.dpo != DPOConfig():
+            raise ValueError(f"[dpo] has no use in the stage {self.stage}; leave it out")
+        self.check_depths()
+
+    def check_depths(self):
         if wrong := [k for k in self.eval.depths if not 1 <= k <= self.model.max_depth]:
             raise ValueError(f"'eval.depths' has {wrong[0]}; this model's depths are 1..{self.model.max_depth}")
         if self.train.target_depth and self.model.halting == "fixed":
             raise ValueError("'train.target_depth' needs 'model.halting = act': a fixed depth cannot be steered")
         if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
             raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
+        if self.dpo.depth > self.model.max_depth:
+            raise ValueError(f"'dpo.depth' {self.dpo.depth} must lie in 1..{self.model.max_depth}, or be 0")
+
+    def with_model(self):
+        """This configuration with the architecture of the model at `init`. Raises `CheckpointError`, `ConfigError`."""
+        if not self.init:
+            return self
+        meta = checkpoint.read_meta(checkpoint.find(self.init))
+        stage, before = meta["config"].get("stage", "pretrain"), {"sft": "pretrain", "dpo": "sft"}
+        if stage not in (self.stage, before.get(self.stage)):
+            raise ConfigError(
+                f"'init' {self.init} is of the stage {stage}; the stage {self.stage} goes on from a model of the stage "
+                f"{before.get(self.stage, self.stage)}"
+            )
+        model = config.from_dict(meta["config"]["model"], ModelConfig, self.init)
+        if self.model not in (model, ModelConfig()):
+            old, new = (dataclasses.asdict(x) for x in (model, self.model))
+            changes = "; ".join(config.differences(old, new, "model."))
+            raise ConfigError(f"'init' {self.init} is of another architecture: {changes}. Leave [model] out")
+        try:
+            return dataclasses.replace(self, model=model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 # Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendor's data sheets; the first match counts.
@@ -148,7 +175,6 @@ class Trainer:
         torch.manual_seed(self.t.seed)
         torch.set_float32_matmul_precision("high")
 
-        self.prepared = data.Prepared.open(cfg.data.path)
         self.model = RecurrentTransformer(cfg.model, dtype).to(self.device)
         compiled = self.t.compile == "on" or self.t.compile == "auto" and on_cuda
         if compiled:
@@ -156,6 +182,8 @@ class Trainer:
         self.model.recompute = self.t.recompute
         if self.t.dtype == "fp8":
             self._use_fp8()
+        if cfg.init:
+            self.model.load_state_dict(checkpoint.load_model(cfg.init)[0].state_dict())
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         self.ponder = PonderWeight(self.t.ponder_weight, self.t.target_depth, self.t.ponder_rate)
 
@@ -166,14 +194,11 @@ class Trainer:
                 f"'train.batch_size' {self.t.batch_size} must be a multiple of 'train.micro_batch' {self.micro} "
                 f"times {self.world} processes"
             )
-        self.rows = slice(self.rank * rows, (self.rank + 1) * rows)  # of the global batch
-        self.streams = data.TokenStreams(
-            self.prepared, self.t.batch_size, self.t.segment, self.t.seed, cfg.data.weights or None
-        )
-        self.data_state = self.streams.state()
+        self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
+        self.data_state = self.stage.reader.state()
         self.batch = None  # read ahead
         self.memories = self._empty_memories(memory_length(0, self.t.memory))
-        self.steps = self.t.tokens // (self.t.batch_size * self.t.segment)
+        self.steps = self.stage.steps
         self.step = self.bad_steps = self.bad_in_a_row = 0
 
         self.out = Path(cfg.out)
@@ -200,52 +225,57 @@ class Trainer:
 
     def _empty_memories(self, length):
         """One memory a micro-batch."""
-        batches = (self.rows.stop - self.rows.start) // self.micro
-        return [self.model.new_memory(self.micro, length) for _ in range(batches)]
+        return [self.model.new_memory(self.micro, length) for _ in range(self.stage.parts)]
 
     # ---------------------------------------------------------------------------------------------- one step
 
     def _read(self):
-        """The next batch, split into micro-batches, and which keys its tokens will see: work for the host that fits
-        beside the backward pass of the batch before."""
-        *arrays, state = next(self.streams)
-        tokens, targets, domains = (torch.from_numpy(x[self.rows]).split(self.micro) for x in arrays)
-        spans = [self.model.spans(part, memory) for part, memory in zip(tokens, self.memories)]
-        return tokens, targets, domains, state, spans
+        """The parts of the next batch, where the reader then stands, and which keys their tokens will see: work for the
+        host that fits beside the backward pass of the batch before."""
+        parts, state = self.stage.read()
+        return parts, state, [self.model.spans(part.tokens, memory) for part, memory in zip(parts, self.memories)]
 
     def train_step(self):
         """Read a batch, accumulate gradients over its micro-batches, update. Returns the metrics of the step."""
         length = memory_length(self.step / self.steps, self.t.memory)
-        tokens, targets, domains, self.data_state, spans = self.batch or self._read()
+        parts, self.data_state, spans = self.batch or self._read()
         if self.memories[0].length != length:
             self.memories = [memory.resized(length) for memory in self.memories]
             spans = [None] * len(spans)
 
-        # Loss, depth and number of tokens of every domain; in the last row the objective of the micro-batches.
-        sums = torch.zeros(len(self.prepared.domains) + 1, 3, device=self.device, dtype=torch.float64)
-        parts, context = len(tokens), 0.0
-        for i in range(parts):
-            synced = i == parts - 1 or self.world == 1
+        # Loss, depth and number of tokens of every group; then of those that count nowhere, and the objective.
+        stage, groups = self.stage, len(self.stage.groups)
+        sums = torch.zeros(groups + 2, 3, device=self.device, dtype=torch.float64)
+        own = torch.zeros(len(stage.names), device=self.device, dtype=torch.float64)
+        context = 0.0
+        for i, part in enumerate(parts):
+            synced = i == len(parts) - 1 or self.world == 1
             with nullcontext() if synced else self.wrapped.no_sync():
-                out = self.wrapped(tokens[i], targets[i], self.memories[i], spans=spans[i])
+                out = self.wrapped(part.tokens, part.targets, self.memories[i], stage.depth, part.weights, spans[i])
                 objective = out.loss
                 if self.ponder.value:
                     objective = objective + self.ponder.value * out.ponder.mean()
-                (objective / parts).backward()
+                (objective / len(parts)).backward()
             self.memories[i] = out.memory
             each = torch.stack([out.nll, out.depth.float(), torch.ones_like(out.nll)], -1).flatten(0, 1)
-            sums.index_add_(0, domains[i].flatten().to(self.device, non_blocking=True), each.double())
-            sums[-1] += objective.detach() / (parts * self.world)
-            context += out.context / parts
+            group = part.groups.flatten().to(self.device, non_blocking=True) % (groups + 1)
+            sums.index_add_(0, group, each.double())
+            sums[-1] += objective.detach() / (len(parts) * self.world)
+            if len(own):
+                own += part.weights.sums
+            context += out.context / len(parts)
+        sums = torch.cat([sums.flatten(), own])
         if self.world > 1:
             dist.all_reduce(sums)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        self.batch = self._read()
+        last = self.step + 1 == self.steps
+        self.batch = None if last else self._read()
         # From here on the host waits for the device, and the device then for the host: what follows is short.
-        *sums, grad_norm = torch.cat([sums.flatten(), grad_norm.double()[None]]).tolist()
-        *domains, (objective, _, _) = zip(*[iter(sums)] * 3)
-        loss, depth, number = (sum(column) for column in zip(*domains))
+        *sums, grad_norm = torch.cat([sums, grad_norm.double()[None]]).tolist()
+        of_groups, own = sums[: 3 * groups + 6], sums[3 * groups + 6 :]
+        *of_groups, _, (objective, _, _) = zip(*[iter(of_groups)] * 3)
+        _, depth, number = map(sum, zip(*of_groups))
         factor = learning_rate((self.step + 1) / self.steps, self.cfg.optim)
         if math.isfinite(objective) and math.isfinite(grad_norm):
             if grad_norm > self.cfg.optim.grad_clip:
@@ -259,7 +289,8 @@ class Trainer:
         else:
             # What the step wrote into the memory is as bad as its loss: start these rows afresh.
             self.memories = self._empty_memories(length)
-            self.batch = (*self.batch[:-1], [None] * parts)
+            if self.batch:
+                self.batch = (*self.batch[:-1], [None] * len(parts))
             self.bad_steps += 1
             self.bad_in_a_row += 1
         for optimizer in self.optimizers.values():
@@ -267,9 +298,8 @@ class Trainer:
         if self.model.scales is not None:
             if self.world > 1:
                 dist.all_reduce(self.model.scales.probe.grad, dist.ReduceOp.MAX)
-            self.model.scales.update(parts)
-        metrics = {
-            "loss": loss / number,
+            self.model.scales.update(len(parts))
+        metrics = stage.metrics(dict(zip(stage.groups, of_groups)), own) | {
             "objective": objective,
             "depth": depth / number,
             "context": context,
@@ -277,47 +307,11 @@ class Trainer:
             "grad_norm": grad_norm,
             "lr": factor * self.cfg.optim.lr,
             "memory": length,
-            "domains": {
-                name: {"loss": d[0] / d[2], "depth": d[1] / d[2], "tokens": int(d[2])}
-                for name, d in zip(self.prepared.domains, domains)
-                if d[2]
-            },
         }
         if not self.bad_in_a_row:
             self.ponder.update(metrics["depth"])
         self.step += 1
         return metrics | {"bad_steps": self.bad_steps}
-
-    # ---------------------------------------------------------------------------------------------- evaluation
-
-    def evaluate(self):
-        """Held-out loss and depth of every domain, at the model's own depth and at the forced ones."""
-        cfg = self.cfg.eval
-        documents = {
-            name: evaluate.split_documents(self.prepared.tokens("val", name, cfg.tokens))
-            for name in self.prepared.domains
-            if self.prepared.manifest["domains"][name]["val"]["tokens"] > 1
-        }
-        if not documents:
-            return None
-        flat = [document for part in documents.values() for document in part]
-        length = memory_length(min(self.step / self.steps, 1 - 1e-9), self.t.memory)
-        self.model.eval()
-        result = {}
-        for depth in [None, *cfg.depths]:
-            label = "validation" if depth is None else f"validation at depth {depth}"
-            scores = evaluate.score(self.model, flat, length, self.t.segment, cfg.rows, depth, label)
-            parts, start = {}, 0
-            for name, part in documents.items():
-                parts[name] = evaluate.summarize(scores[start : start + len(part)])
-                start += len(part)
-            summary = {"macro": evaluate.macro(parts), "domains": parts}
-            if depth is None:
-                result = summary
-            else:
-                result.setdefault("forced", {})[str(depth)] = summary["macro"]
-        self.model.train()
-        return result
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -344,7 +338,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.step * self.t.batch_size * self.t.segment,
             "config": dataclasses.asdict(self.cfg),
-            "data_sha256": self.prepared.sha256,
+            "data_sha256": self.stage.sha256,
             "data_state": self.data_state,
             "position": self.memories[0].position,
             "memory": self.memories[0].length,
@@ -368,12 +362,12 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"
             )
-        if meta["data_sha256"] != self.prepared.sha256:
+        if meta["data_sha256"] != self.stage.sha256:
             raise data.DataError(
-                f"{self.prepared.path}: its manifest is not the one that {path} was trained on. "
-                f"Prepare it as it was, or choose another `out`"
+                f"{self.cfg.data.path}: its manifest{' or the model at `init`' * (self.cfg.stage == 'dpo')} is not the "
+                f"one that {path} was trained on. Prepare it as it was, or choose another `out`"
             )
-        for key in ("batch_size", "segment", "seed"):
+        for key in ("batch_size", "segment", "seed", *(["micro_batch"] if self.cfg.stage == "dpo" else [])):
             if old["train"][key] != new["train"][key]:
                 raise ConfigError(
                     f"'train.{key}' was {old['train'][key]} when {path} was written and is {new['train'][key]} now; "
@@ -387,9 +381,9 @@ class Trainer:
         if "fp8/history" in state and self.model.scales is not None:
             self.model.scales.load(state["fp8/history"])
         checkpoint.load_optimizers(self.model, self.optimizers, state)
-        self.memories = checkpoint.read_memories(path, meta["position"], self.rows, self.micro, self.device)
+        self.memories = checkpoint.read_memories(path, meta["position"], self.stage.rows, self.micro, self.device)
         self.data_state = meta["data_state"]
-        self.streams.load_state(self.data_state)
+        self.stage.reader.load_state(self.data_state)
         self.step, (self.ponder.value, self.ponder.integral) = meta["step"], meta["ponder_weight"]
         self.bad_steps, self.bad_in_a_row = meta["bad_steps"]
         if self.main:
@@ -486,28 +480,24 @@ class Trainer:
 
     def report(self, log):
         """Evaluate, log and print it, and mark the checkpoint of this step if it is the best so far."""
-        result = self.evaluate()
+        self.model.eval()
+        result = self.stage.evaluate(memory_length(min(self.step / self.steps, 1 - 1e-9), self.t.memory))
+        self.model.train()
         if result is None:
             return
-        best = min((line["macro"]["nats"] for line in log.evaluations()), default=math.inf)
-        if self.step and result["macro"]["nats"] < best:
+        best = min((line["loss"] for line in log.evaluations()), default=math.inf)
+        if self.step and result["loss"] < best:
             checkpoint.mark_best(checkpoint.steps(self.folder)[-1])
         log.write("validation", self.step, result)
         if self.model.scales is not None:
             log.write("fp8", self.step, {"amax": self.model.scales.amax()})
-        macro = result["macro"]
-        forced = "".join(f", {part['bits_per_byte']:.3f} at depth {k}" for k, part in result.get("forced", {}).items())
-        domains = ", ".join(f"{name} {part['bits_per_byte']:.2f}" for name, part in result["domains"].items())
-        tqdm.write(
-            f"step {self.step}: validation {macro['bits_per_byte']:.3f} bits per byte at depth {macro['depth']:.2f}"
-            f"{forced} ({domains})"
-        )
+        tqdm.write(f"step {self.step}: validation {self.stage.summary(result)}")
 
     def conclude(self, log):
         if evaluations := log.evaluations():
-            first, last = evaluations[0], evaluations[-1]["macro"]["bits_per_byte"]
-            start = "untrained" if first["step"] == 0 else f"at step {first['step']}"
-            print(f"validation bits per byte: {first['macro']['bits_per_byte']:.3f} {start}, {last:.3f} trained")
+            first, last = evaluations[0], evaluations[-1]
+            start = "before training" if first["step"] == 0 else f"at step {first['step']}"
+            print(f"validation loss: {first['loss']:.4f} {start}, {last['loss']:.4f} trained")
         newest = checkpoint.steps(self.folder)[-1]
         print(f"finished at step {self.step}: {newest}\nmetrics: {self.metrics_file}")
 
@@ -536,7 +526,7 @@ class Log:
             self.wandb = wandb.init(project=project, name=name, id=name, resume="allow", config=dataclasses.asdict(cfg))
 
     def evaluations(self):
-        return [line for line in self.lines if line["event"] == "validation" and line["macro"]["nats"] is not None]
+        return [line for line in self.lines if line["event"] == "validation" and line["loss"] is not None]
 
     def write(self, event, step, values):
         self.lines.append({"event": event, "step": step} | _finite(values))
@@ -604,7 +594,7 @@ def main():
         cfg = config.load(arguments.config, Config, overrides)
         if distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return Trainer(cfg).run()
+        return Trainer(cfg.with_model()).run()
     except (ConfigError, data.DataError, checkpoint.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

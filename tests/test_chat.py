@@ -368,7 +368,7 @@ def test_bad_configs_and_folders(capsys):
     with pytest.raises(DataError, match="no val rows"):
         chat.ChatRows(chat.Chats.open("o"), "val", 1, 8, 0)
     with pytest.raises(DataError, match="not pairs"):
-        chat.PreferencePairs(chat.Chats.open("o"), "train", 1, 0)
+        chat.PreferencePairs(chat.Chats.open("o"), "train", 1, 2, 64, 0)
     with pytest.raises(DataError, match="not prepared yet"):
         chat.Chats.open("nothing")
     Path("text").mkdir()
@@ -386,7 +386,7 @@ def test_bad_configs_and_folders(capsys):
     Path("full/thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="is no prepared data"):
         prepare("sft", [{"files": "x.jsonl"}], out="full")
-    with pytest.raises(ConfigError, match="conversations come from 'files' or 'hub'"):
+    with pytest.raises(ConfigError, match="gives text; a package needs extract"):
         configuration("sft", [{"generated": "arithmetic"}])
 
 
@@ -499,56 +499,62 @@ def pairs(tmp_path_factory):
     return prepare("preference", [write(folder / "x.jsonl", rows)], out=folder / "out")[0]
 
 
-def test_every_pair_comes_once_an_epoch(pairs):
+def test_every_pair_comes_once_an_epoch_whole_and_packed(pairs):
     data = pairs.split("train")
-    for seed in (3, None):
-        reader = chat.PreferencePairs(pairs, "train", 8, seed, epochs=1, multiple=16)
-        batches = list(reader)
-        assert len(batches) == len(reader) == 13
-        assert sorted(i for batch in batches for i in batch.index) == list(range(101))
-        for batch in batches:
-            assert (
-                batch.chosen.shape == batch.rejected.shape == batch.chosen_mask.shape
-                and batch.chosen.shape[1] % 16 == 0
-            )
-            for n, pair in enumerate(batch.index):
-                for side, (ids, mask) in enumerate(
-                    ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask))
-                ):
-                    row, trained = data.row(2 * pair + side)
-                    assert (ids[n, : len(row)] == row).all() and (ids[n, len(row) :] == EOT).all()
-                    assert (mask[n, : len(row)] == trained).all() and not mask[n, len(row) :].any()
-                    answer = shown(chat.targets(ids, mask)[n][mask[n]])
-                    assert re.fullmatch(r"(good ?)+\[end\]" if side == 0 else r"(bad ?)+\[end\]", answer)
-        used = sum(batch.chosen.size for batch in batches)
-        padded = sum(len(batch.index) * 96 for batch in batches)
-        assert used < 0.8 * padded, "pairs of similar length are together"
+    reader = chat.PreferencePairs(pairs, "train", parts=2, rows=3, segment=128, seed=3, epochs=1)
+    batches = list(reader)
+    assert len(batches) == len(reader) and {len(batch) for batch in batches} == {2}
+    parts = [part for batch in batches for part in batch]
+    assert sorted(pair for part in parts for pair in part.pairs) == list(range(101))
+    for part in parts:
+        assert part.tokens.shape == part.targets.shape == part.sequence.shape == (3, 128)
+        assert set(part.sequence.flatten()) <= {-1, *range(2 * len(part.pairs))}
+        for i, pair in enumerate(part.pairs):
+            for side in range(2):
+                ids, mask = data.row(2 * pair + side)
+                answer = part.sequence == 2 * i + side
+                (row,) = set(np.nonzero(answer)[0])
+                start = int(np.nonzero(answer)[1][0]) - int(np.argmax(mask))
+                assert (part.tokens[row, start : start + len(ids)] == ids).all()
+                written = shown(part.targets[answer])
+                assert re.fullmatch(r"(good ?)+\[end\]" if side == 0 else r"(bad ?)+\[end\]", written)
+    full = [part for part in parts[:-2] if len(part.pairs)]
+    assert np.mean([(part.tokens != EOT).mean() for part in full]) > 0.7, "rows are packed"
 
 
 def test_pairs_resume_exactly(pairs):
-    reader = chat.PreferencePairs(pairs, "train", 8, 3)
-    for _ in range(17):
+    reader = chat.PreferencePairs(pairs, "train", 2, 3, 128, seed=3)
+    epoch = len(list(chat.PreferencePairs(pairs, "train", 2, 3, 128, seed=3, epochs=1)))
+    for _ in range(epoch + 2):
         next(reader)
     state = json.loads(json.dumps(reader.state()))
-    assert state == {"epoch": 1, "nth": 4}
-    again = chat.PreferencePairs(pairs, "train", 8, 3)
+    assert state == {"epoch": 1, "nth": 2}
+    again = chat.PreferencePairs(pairs, "train", 2, 3, 128, seed=3)
     again.load_state(state)
-    for _ in range(12):
-        for x, y in zip(next(reader), next(again)):
-            assert (x == y).all()
+    for _ in range(epoch):
+        for here, there in zip(next(reader), next(again)):
+            assert all((x == y).all() for x, y in zip(here, there))
+
+
+def test_pairs_that_do_not_fit_are_refused(pairs):
+    longest = int(pairs.split("train").index[:, 1].max())
+    with pytest.raises(DataError, match=f"longest row of {longest} tokens does not fit into {longest - 1}"):
+        chat.PreferencePairs(pairs, "train", 1, 4, longest - 1, 0)
+    with pytest.raises(DataError, match=f"does not fit into one row of {longest}"):
+        chat.PreferencePairs(pairs, "train", 1, 1, longest, 0)
 
 
 @torch.no_grad()
-def test_padding_does_not_change_a_pair(pairs, tiny_model):
-    model, data = tiny_model(), pairs.split("train")
-    batch = next(chat.PreferencePairs(pairs, "train", 4, 3))
-    after = chat.targets(batch.chosen, batch.chosen_mask)
-    nll = model(torch.from_numpy(batch.chosen), torch.from_numpy(after)).nll.numpy()
-    for n, pair in enumerate(batch.index):
-        ids, mask = data.row(2 * pair)
-        target = chat.targets(ids, mask).astype(np.int64)
-        alone = model(torch.from_numpy(ids.astype(np.int64))[None], torch.from_numpy(target)[None]).nll[0].numpy()
-        np.testing.assert_allclose(alone[mask], nll[n][batch.chosen_mask[n]], atol=2e-4)
+def test_neighbours_do_not_change_a_pair(pairs, tiny_model):
+    model, rows = tiny_model(), pairs.split("train")
+    (part,) = next(chat.PreferencePairs(pairs, "train", 1, 4, 128, seed=3))
+    nll = model(torch.from_numpy(part.tokens), torch.from_numpy(part.targets)).nll.numpy()
+    for i, pair in enumerate(part.pairs):
+        for side in range(2):
+            ids, mask = rows.row(2 * pair + side)
+            target = chat.targets(ids, mask).astype(np.int64)
+            alone = model(torch.from_numpy(ids.astype(np.int64))[None], torch.from_numpy(target)[None]).nll[0].numpy()
+            np.testing.assert_allclose(alone[mask], nll[part.sequence == 2 * i + side], atol=2e-4)
 
 
 # the configs of the repository

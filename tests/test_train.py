@@ -263,7 +263,8 @@ def test_what_a_run_reports(reference):
     assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if line["event"] == "validation"] == [0, 6, STEPS]
     for line in lines:
-        assert line["domains"].keys() <= {"arithmetic", "word_problems"}
+        groups = line["groups" if line["event"] == "train" else "domains"]
+        assert groups.keys() <= {"arithmetic", "word_problems"}
         if line["event"] == "train":
             number = sum(d["tokens"] for d in line["domains"].values())
             mean = sum(d["loss"] * d["tokens"] for d in line["domains"].values()) / number

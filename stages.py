@@ -1,0 +1,416 @@
+"""What the three stages of training differ in: which tokens a step reads, what it minimises, and what is measured on
+held-out data. train.py has the rest, which is the same for all.
+
+    pretrain    text of a mixture of domains; the mean cross-entropy of all tokens
+    sft         conversations (chat.py); the mean cross-entropy of the answers, with the <|endoftext|> that ends each
+    dpo         preference pairs; direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)
+
+A stage has `groups`, the names of the kinds of token whose loss and depth are logged apart; `steps`; the `sha256` of
+its data; `depth`, the steps of every token in training, or None; `names` of its own sums; and these methods:
+
+    read()                  the next step's `Part`s of this process, one a micro-batch, and the reader's position after it
+    metrics(groups, sums)   what the log gets of a step
+    evaluate(memory)        the same on held-out data; its "loss" decides which checkpoint is the best
+    summary(result)         of an evaluation, one line
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import chat
+import checkpoint
+import data
+import evaluate
+
+
+@dataclass
+class DataConfig:
+    path: str  # a folder made by prepare_data.py
+    weights: dict[str, float] = field(default_factory=dict)  # pretrain: of domains; empty: those of the manifest
+
+
+@dataclass
+class EvalConfig:
+    interval: int = 1000  # in steps; also before the first and after the last
+    tokens: int = 32768  # of every domain's held-out data
+    rows: int = 16
+    depths: list[int] = field(default_factory=list)  # forced depths to report beside the model's own
+    answers: int = 0  # sft, dpo: so many held-out prompts are answered, at temperature 0.8 and up to 256 tokens
+
+    def __post_init__(self):
+        if min(self.interval, self.tokens - 1, self.rows) < 1:
+            raise ValueError("'interval' and 'rows' must be at least 1, 'tokens' at least 2")
+        if self.answers < 0:
+            raise ValueError(f"'answers' must not be negative, as {self.answers} is")
+
+
+@dataclass
+class DPOConfig:
+    beta: float = 0.1  # how far the policy may move from the reference: the smaller, the farther
+    loss: Literal["sigmoid", "sigmoid_norm"] = "sigmoid"  # sigmoid_norm: of log-probabilities per token of the answer
+    label_smoothing: float = 0.0  # share of the pairs that are expected to be the wrong way round
+    sft: float = 0.0  # weight of the chosen answers' cross-entropy per token, added to the loss
+    depth: int = 0  # steps of every token, in policy and reference; 0: the model's maximum
+
+    def __post_init__(self):
+        if self.beta <= 0:
+            raise ValueError(f"'beta' must be above 0, not {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"'label_smoothing' must lie in [0, 0.5), not {self.label_smoothing}")
+        if self.sft < 0 or self.depth < 0:
+            raise ValueError("'sft' and 'depth' must not be negative")
+
+
+class Part(NamedTuple):
+    """A micro-batch. tokens, targets, groups: (B, T) int64; a group of -1 is counted nowhere. weights: as in the
+    model's forward, such that the mean over the micro-batches of all processes is the loss of the step."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    groups: torch.Tensor
+    weights: object = None
+
+
+class Stage:
+    """What they have in common. cfg: train.Config. rank, world, micro: of the processes, and the rows of a part."""
+
+    depth, names = None, ()
+
+    def __init__(self, cfg, model, rank, world, micro):
+        self.cfg, self.model, self.rank, self.world, self.micro = cfg, model, rank, world, micro
+        rows = cfg.train.batch_size // world
+        self.parts = rows // micro
+        self.rows = slice(rank * rows, (rank + 1) * rows)  # of the global batch
+
+    def split(self, *arrays):
+        """Arrays of the global batch's rows as one tuple of tensors a part."""
+        return zip(*(torch.from_numpy(array[self.rows]).split(self.micro) for array in arrays))
+
+    def metrics(self, groups, sums):
+        """groups: {name: [sum of nats, sum of steps, tokens]}. sums: those of `names`."""
+        found = {name: {"loss": n / k, "depth": d / k, "tokens": int(k)} for name, (n, d, k) in groups.items() if k}
+        return {"groups": found}
+
+
+class Pretrain(Stage):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        cfg = self.cfg
+        self.prepared = data.Prepared.open(cfg.data.path)
+        self.sha256, self.groups = self.prepared.sha256, self.prepared.domains
+        self.reader = data.TokenStreams(
+            self.prepared, cfg.train.batch_size, cfg.train.segment, cfg.train.seed, cfg.data.weights or None
+        )
+        self.steps = cfg.train.tokens // (cfg.train.batch_size * cfg.train.segment)
+
+    def read(self):
+        *arrays, state = next(self.reader)
+        return [Part(*part) for part in self.split(*arrays)], state
+
+    def metrics(self, groups, sums):
+        nats, _, tokens = map(sum, zip(*groups.values()))
+        return {"loss": nats / tokens} | super().metrics(groups, sums)
+
+    def evaluate(self, memory):
+        """Loss and depth of every domain, at the model's own depth and at the forced ones."""
+        held_out = {
+            name: evaluate.split_documents(self.prepared.tokens("val", name, self.cfg.eval.tokens))
+            for name in self.groups
+            if self.prepared.manifest["domains"][name]["val"]["tokens"] > 1
+        }
+        if not held_out:
+            return None
+        rows = {name: [(d[:-1], d[1:], ...) for d in documents] for name, documents in held_out.items()}
+        result, _ = at_depths(self.model, rows, self.cfg, memory)
+        return result | {"loss": result["macro"]["nats"]}
+
+    def summary(self, result):
+        forced = "".join(f", {part['bits_per_byte']:.3f} at depth {k}" for k, part in result.get("forced", {}).items())
+        domains = ", ".join(f"{name} {part['bits_per_byte']:.2f}" for name, part in result["domains"].items())
+        macro = result["macro"]
+        return f"{macro['bits_per_byte']:.3f} bits per byte at depth {macro['depth']:.2f}{forced} ({domains})"
+
+
+class SFT(Stage):
+    groups = ["prompt", "answer"]
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        cfg = self.cfg
+        self.chats = chat.Chats.open(cfg.data.path, "sft")
+        self.sha256 = self.chats.sha256
+        self.reader = chat.ChatRows(
+            self.chats, "train", cfg.train.batch_size, cfg.train.segment, cfg.train.seed, cfg.train.epochs
+        )
+        self.steps = len(self.reader)
+
+    def read(self):
+        tokens, targets, weights = next(self.reader)
+        filling = (tokens == data.EOT) & (targets == data.EOT)  # after the last conversation
+        groups = np.where(filling, -1, weights.astype(np.int64))
+        # A part's share of the answers varies, and with it its share in the loss.
+        weights *= self.parts * self.world / max(weights.sum(), 1)
+        return [Part(*part) for part in self.split(tokens, targets, groups, weights)], self.reader.state()
+
+    def metrics(self, groups, sums):
+        nats, _, tokens = groups["answer"]
+        return {"loss": nats / max(tokens, 1)} | super().metrics(groups, sums)
+
+    @cached_property
+    def held_out(self):
+        """{source: [(ids, targets, mask), ...]}, `eval.tokens` of each."""
+        rows, found = self.chats.split("val"), {}
+        for i in range(len(rows.index)):
+            part = found.setdefault(self.chats.domains[rows.index[i, 2]], [])
+            if sum(len(ids) for ids, *_ in part) < self.cfg.eval.tokens:
+                ids, mask = rows.row(i)
+                part.append((ids.astype(np.int64), chat.targets(ids, mask).astype(np.int64), mask))
+        return found
+
+    def evaluate(self, memory):
+        """Loss and depth of answers, by source, and of all prompts and answers."""
+        if not self.chats.manifest["val"]["rows"]:
+            return None
+        result, scores = at_depths(self.model, self.held_out, self.cfg, memory)
+        masks = [mask for rows in self.held_out.values() for *_, mask in rows]
+        result["prompts"] = evaluate.summarize([s.where(~mask) for s, mask in zip(scores, masks)])
+        result["answers"] = evaluate.summarize([s.where(mask) for s, mask in zip(scores, masks)])
+        result["written"] = write_answers(self.model, self.chats, self.cfg, memory)
+        return result | {"loss": result["answers"]["nats"]}
+
+    def summary(self, result):
+        answers, prompts = result["answers"], result["prompts"]
+        line = f"{answers['nats']:.4f} nats on answers, depth {answers['depth']:.2f}, {prompts['depth']:.2f} on prompts"
+        return line + written_summary(result["written"])
+
+
+class DPO(Stage):
+    groups = ["prompt", "chosen", "rejected"]
+    names = ("pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+             "logps/chosen", "logps/rejected")  # fmt: skip
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        cfg = self.cfg
+        self.chats = chat.Chats.open(cfg.data.path, "preference")
+        self.sha256 = self.chats.sha256  # and of the reference model
+        self.depth = cfg.dpo.depth or cfg.model.max_depth
+        self.reader = chat.PreferencePairs(
+            self.chats, "train", self.parts * self.world, self.micro, cfg.train.segment, cfg.train.seed,
+            cfg.train.epochs,
+        )  # fmt: skip
+        self.steps = len(self.reader)
+        self.reference = self._reference()
+
+    def _reference(self):
+        """{split: (pairs, 2) float32}, the log-probabilities of both answers under the model at `init`. They are
+        worked out once and kept in `out`/reference.safetensors. Raises `CheckpointError`."""
+        file = Path(self.cfg.out) / "reference.safetensors"
+        device, dtype = self.model.embedding.weight.device, self.model.compute_dtype
+        model, meta = checkpoint.load_model(self.cfg.init, device, dtype)
+        key = {"data": self.sha256, "model": fingerprint(model), "depth": str(self.depth), "dtype": str(dtype)}
+        self.sha256 = hashlib.sha256((key["data"] + key["model"]).encode()).hexdigest()
+        if file.exists():
+            try:
+                with safetensors.safe_open(file, "pt") as stored:
+                    if stored.metadata() == key:
+                        return {name: stored.get_tensor(name).numpy() for name in stored.keys()}
+            except safetensors.SafetensorError as error:
+                raise checkpoint.CheckpointError(f"{file}: damaged ({error}); delete it to have it made again") from None
+        found = {
+            split: answer_logps(model, pair_rows(self.chats, split), self.cfg, meta["memory"], self.depth, "reference")
+            for split in ("train", "val")
+            if self.chats.manifest[split]["rows"]
+        }
+        if self.rank == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".unfinished")
+            save_file({name: torch.from_numpy(x) for name, x in found.items()}, partial, key)
+            partial.replace(file)
+        return found
+
+    def read(self):
+        batch = next(self.reader)
+        pairs = sum(len(part.pairs) for part in batch)
+        chosen = sum(int((part.sequence % 2 == 0).sum()) for part in batch)
+        own = batch[self.rank * self.parts : (self.rank + 1) * self.parts]
+        parts = []
+        for part in own:
+            tokens, targets, sequence = map(torch.from_numpy, part[:3])
+            groups = torch.where(sequence < 0, 0, 1 + sequence % 2)
+            groups[(tokens == data.EOT) & (targets == data.EOT)] = -1  # what no pair fills
+            share = self.parts * self.world
+            loss = PairLoss(self.cfg.dpo, sequence, self.reference["train"][part.pairs], share / pairs, share / chosen)
+            parts.append(Part(tokens, targets, groups, loss))
+        return parts, self.reader.state()
+
+    def metrics(self, groups, sums):
+        pairs = sums[0] or 1
+        return {name: x / pairs for name, x in zip(self.names[1:], sums[1:])} | super().metrics(groups, sums)
+
+    @cached_property
+    def held_out(self):
+        """`pair_rows` of the first eval.tokens tokens of every source, and which pairs they are."""
+        index, taken, chosen = self.chats.split("val").index.reshape(-1, 2, 3), {}, []
+        for pair, sides in enumerate(index):
+            source = int(sides[0, 2])
+            if taken.get(source, 0) < self.cfg.eval.tokens:
+                taken[source] = taken.get(source, 0) + int(sides[:, 1].sum())
+                chosen.append(pair)
+        return pair_rows(self.chats, "val", chosen), np.array(chosen)
+
+    def evaluate(self, memory):
+        """Rewards of held-out pairs, how they go with the length of answers, and answers to some of their prompts."""
+        if not self.chats.manifest["val"]["rows"]:
+            return None
+        (rows, pairs), beta = self.held_out, self.cfg.dpo.beta
+        logps = answer_logps(self.model, rows, self.cfg, memory, self.depth, "validation")
+        lengths = np.array([mask.sum() for *_, mask in rows]).reshape(-1, 2)
+        loss = PairLoss(self.cfg.dpo, None, self.reference["val"][pairs], 1 / len(pairs), 1 / lengths[:, 0].sum())
+        sums = loss.of_logps(torch.from_numpy(logps), torch.from_numpy(lengths))[1]
+        result = {name: float(x) / len(pairs) for name, x in zip(self.names[1:], sums[1:])}
+        rewards = beta * (logps - self.reference["val"][pairs])
+        result["length_correlation"] = correlation(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
+        return result | {"pairs": len(pairs), "written": write_answers(self.model, self.chats, self.cfg, memory)}
+
+    def summary(self, result):
+        line = f"DPO loss {result['loss']:.4f}, accuracy {result['rewards/accuracies']:.3f}, "
+        line += f"margin {result['rewards/margins']:.3f}, correlation with length {result['length_correlation']:.2f}"
+        return line + written_summary(result["written"])
+
+
+STAGES = {"pretrain": Pretrain, "sft": SFT, "dpo": DPO}
+
+
+def fingerprint(model):
+    """The SHA-256 of a model's weights."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode() + x.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class PairLoss:
+    """The loss of preference pairs as a function of nll (B, T), which also leaves its `sums` (see `DPO.names`).
+
+    With pi the log-probability of an answer minus that under the reference, it is for a pair
+
+        -log sigmoid(beta * (pi(chosen) - pi(rejected)))            equation 7 of Rafailov et al.
+
+    or with label smoothing s (Mitchell 2023, conservative DPO), (1 - s) of that and s of the same with the sides
+    exchanged. sigmoid_norm: pi per token of the answer (Lambert et al. 2024, arXiv 2411.15124, section 5.1.2).
+    reference: (n, 2). share, sft_share: what a pair, and a token of a chosen answer, weigh in the result.
+    """
+
+    def __init__(self, dpo, sequence, reference, share, sft_share):
+        self.dpo, self.sequence, self.share, self.sft_share = dpo, sequence, share, sft_share
+        self.reference = torch.from_numpy(np.ascontiguousarray(reference))
+        self.sums = None
+
+    def __call__(self, nll):
+        n, sequence = len(self.reference), self.sequence.to(nll.device, non_blocking=True).flatten() + 1
+        zeros = nll.new_zeros(2 * n + 1)  # the first is of all tokens outside of answers
+        logps = zeros.index_add(0, sequence, -nll.flatten())[1:].view(n, 2)
+        lengths = zeros.index_add(0, sequence, torch.ones_like(nll.flatten()))[1:].view(n, 2)
+        value, self.sums = self.of_logps(logps, lengths)
+        return value
+
+    def of_logps(self, logps, lengths):
+        """The loss of answers' log-probabilities and lengths (n, 2), and the sums."""
+        dpo, reference = self.dpo, self.reference.to(logps.device, non_blocking=True)
+        ratios = logps - reference
+        if dpo.loss == "sigmoid_norm":
+            ratios = ratios / lengths
+        rewards = dpo.beta * ratios
+        margins = rewards[:, 0] - rewards[:, 1]
+        losses = -(1 - dpo.label_smoothing) * F.logsigmoid(margins) - dpo.label_smoothing * F.logsigmoid(-margins)
+        with torch.no_grad():
+            right = (margins > 0) + 0.5 * (margins == 0)  # a policy that is still the reference decides nothing
+            sums = [losses, rewards[:, 0], rewards[:, 1], margins, right, logps[:, 0], logps[:, 1]]
+            sums = torch.stack([torch.ones_like(margins), *sums]).sum(1)
+        return self.share * losses.sum() - dpo.sft * self.sft_share * logps[:, 0].sum(), sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# held-out data
+
+
+def at_depths(model, domains, cfg, memory):
+    """{"macro", "domains"} of {name: [(tokens, targets, mask of those that count), ...]} at the model's own depth, and
+    "forced", the macro at each of eval.depths; and all `Scores` at its own depth."""
+    flat, result, own = [row for rows in domains.values() for row in rows], {}, None
+    for depth in [None, *cfg.eval.depths]:
+        label = "validation" if depth is None else f"validation at depth {depth}"
+        pairs = [row[:2] for row in flat]
+        scores = evaluate.score_pairs(model, pairs, memory, cfg.train.segment, cfg.eval.rows, depth, label)
+        counted = iter([score.where(mask) for score, (*_, mask) in zip(scores, flat)])
+        parts = {name: evaluate.summarize([next(counted) for _ in rows]) for name, rows in domains.items()}
+        summary = {"macro": evaluate.macro(parts), "domains": parts}
+        if depth is None:
+            result, own = summary, scores
+        else:
+            result.setdefault("forced", {})[str(depth)] = summary["macro"]
+    return result, own
+
+
+def pair_rows(chats, split, pairs=None):
+    """[(ids, targets, mask), ...] of some preference pairs (all), chosen and rejected in turn."""
+    rows, found = chats.split(split), []
+    for pair in range(len(rows.index) // 2) if pairs is None else pairs:
+        for side in range(2):
+            ids, mask = rows.row(2 * pair + side)
+            found.append((ids.astype(np.int64), chat.targets(ids, mask).astype(np.int64), mask))
+    return found
+
+
+def answer_logps(model, rows, cfg, memory, depth, label):
+    """Log-probabilities of both answers of pairs, (n, 2) float32; rows: see `pair_rows`."""
+    pairs = [(ids, targets) for ids, targets, _ in rows]
+    longest = max(len(ids) for ids, _ in pairs)  # every token sees its whole row, as in training
+    scores = evaluate.score_pairs(model, pairs, max(memory, longest), cfg.train.segment, cfg.eval.rows, depth, label)
+    return -np.array([s.nll[mask].sum() for s, (*_, mask) in zip(scores, rows)], np.float32).reshape(-1, 2)
+
+
+def write_answers(model, chats, cfg, memory, limit=256, temperature=0.8):
+    """Answers to the first eval.answers held-out prompts: mean tokens, share that ended, mean depth; None without."""
+    if not cfg.eval.answers:
+        return None
+    rows, prompts = chats.split("val"), []
+    step = 2 if chats.manifest["kind"] == "preference" else 1
+    for i in range(0, len(rows.index), step):
+        ids, mask = rows.row(i)
+        prompt = ids[: np.argmax(mask) + 1].tolist()  # up to the first <|assistant|>
+        if len(prompts) < cfg.eval.answers and prompt not in prompts:
+            prompts.append(prompt)
+    import decoding
+
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(cfg.train.seed)
+    answers = decoding.generate_batch(
+        model, prompts, [limit] * len(prompts), temperature=temperature, generator=generator, memory_length=memory,
+        segment=cfg.train.segment,
+    )  # fmt: skip
+    depths = [depth for answer in answers for depth in answer.depths]
+    return {
+        "answers": len(answers),
+        "tokens": float(np.mean([len(answer.tokens) for answer in answers])),
+        "ended": float(np.mean([answer.ended for answer in answers])),
+        "depth": float(np.mean(depths)) if depths else None,
+    }
+
+
+def written_summary(written):
+    return "" if written is None else f"; answers of {written['tokens']:.0f} tokens, {written['ended']:.0%} ended"
+
+
+def correlation(x, y):
+    """Pearson's; 0 where one of them does not vary."""
+    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) and np.std(y) else 0.0

@@ -1,0 +1,357 @@
+"""Instruction and preference tuning: losses against slow references, exact resume, and doors that stay shut."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import config
+import prepare_chat
+import stages
+import train
+
+ROOT = Path(train.__file__).parent
+CONFIGS = {
+    "sft": """
+out = "sft"
+stage = "sft"
+init = "base"
+[data]
+path = "chats"
+[train]
+epochs = 1
+batch_size = 4
+micro_batch = 2
+segment = 32
+memory = [[0.0, 64]]
+checkpoint_interval = 3
+log_interval = 1
+[eval]
+interval = 100
+rows = 4
+tokens = 300
+depths = [2]
+[optim]
+lr = 1e-2
+adamw_lr = 1e-2
+""",
+    "dpo": """
+out = "dpo"
+stage = "dpo"
+init = "sft"
+[data]
+path = "pairs"
+[train]
+epochs = 1
+batch_size = 4
+micro_batch = 2
+segment = 64
+memory = [[0.0, 64]]
+checkpoint_interval = 3
+log_interval = 1
+[eval]
+interval = 100
+rows = 4
+tokens = 600
+answers = 3
+[optim]
+lr = 3e-3
+adamw_lr = 3e-3
+""",
+}
+
+
+def rows_of_chats(n):
+    for i in range(n):
+        turns = [{"role": "user", "content": f"What comes after {i}?"}, {"role": "assistant", "content": f"{i + 1}"}]
+        if i % 3 == 0:
+            turns += [{"role": "user", "content": "And then? " * (i % 7)}, {"role": "assistant", "content": f"{i + 2}"}]
+        yield {"messages": turns}
+
+
+def rows_of_pairs(n):
+    for i in range(n):
+        good, bad = f"yes, {i}" * (1 + i % 2), "no, never " * (1 + i % 3)
+        yield {"prompt": f"Is {i} a number?", "chosen": good, "rejected": bad}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, write_run):
+    """A folder with prepared data, a base model and finished runs of both stages."""
+    folder = tmp_path_factory.mktemp("stages")
+    for kind, name, rows in (("sft", "chats", rows_of_chats(60)), ("preference", "pairs", rows_of_pairs(40))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        raw = {"kind": kind, "out": str(folder / name), "val_fraction": 0.2}
+        raw["domains"] = {"ours": {"sources": [{"files": str(folder / f"{name}.jsonl")}]}}
+        prepare_chat.prepare(config.from_dict(raw, prepare_chat.ChatConfig, "test"), workers=1)
+    write_run(folder / "base")
+    for stage, text in CONFIGS.items():
+        (folder / f"{stage}.toml").write_text(text)
+        result = launch(folder, stage)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, finished, monkeypatch):
+    """A copy of that folder to train in again, without the DPO run."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "dpo")
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(monkeypatch, stage, *overrides):
+    """train.py in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", f"{stage}.toml", *overrides])
+    return train.main()
+
+
+def launch(folder, stage, *overrides, before="", processes=1):
+    """train.py in processes of its own, after the Python statements `before`."""
+    script = folder / "launch.py"
+    script.write_text(f"import os, signal, sys\nimport train\n{before}\nsys.exit(train.main())\n")
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(script), f"{stage}.toml", *overrides], cwd=folder, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+
+
+TIMINGS = {"tokens_per_second", "seconds_left", "utilisation", "hardware_utilisation"}
+
+
+def curve(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def weights(folder):
+    return checkpoint.read_tensors(checkpoint.find(folder), "model")
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def slow_dpo(logits, tokens, mask, reference, beta, loss, smoothing, sft):
+    """DPO as in its paper and in TRL (per-sequence sums of log-probabilities of shifted labels), pair by pair.
+
+    logits (2n, T, V), tokens and mask (2n, T): chosen and rejected in turn; mask is of answer tokens as labels."""
+    logps = torch.gather(logits[:, :-1].log_softmax(-1), 2, tokens[:, 1:, None])[..., 0] * mask[:, 1:]
+    total, terms = 0, 0
+    for i in range(len(tokens) // 2):
+        (chosen, rejected), (ref_chosen, ref_rejected) = logps[2 * i : 2 * i + 2].sum(1), reference[i]
+        ratio, other = chosen - ref_chosen, rejected - ref_rejected
+        if loss == "sigmoid_norm":
+            ratio, other = ratio / mask[2 * i].sum(), other / mask[2 * i + 1].sum()
+        delta = beta * (ratio - other)
+        total = total - (1 - smoothing) * F.logsigmoid(delta) - smoothing * F.logsigmoid(-delta)
+        terms += 1
+    nll = -(logps[0::2] * mask[0::2, 1:]).sum() / mask[0::2, 1:].sum()
+    return total / terms + sft * nll
+
+
+@pytest.mark.parametrize("loss, smoothing, sft", [("sigmoid", 0, 0), ("sigmoid", 0.1, 0.5), ("sigmoid_norm", 0, 0.2)])
+def test_dpo_loss_and_gradients_are_those_of_the_slow_reference(loss, smoothing, sft):
+    torch.manual_seed(0)
+    n, T, V = 3, 12, 17
+    logits = torch.randn(2 * n, T, V, dtype=torch.float64, requires_grad=True)
+    tokens, reference = torch.randint(V, (2 * n, T)), -10 * torch.rand(n, 2).double()
+    mask = torch.zeros(2 * n, T)
+    for row in range(2 * n):
+        mask[row, 4 + row % 3 : 8 + row % 4] = 1
+    slow = slow_dpo(logits, tokens, mask, reference, 0.3, loss, smoothing, sft)
+    (expected,) = torch.autograd.grad(slow, logits)
+
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2 * n, -1)
+    sequence = torch.where(mask[:, 1:] > 0, torch.arange(2 * n)[:, None], -1)
+    dpo = stages.DPOConfig(beta=0.3, loss=loss, label_smoothing=smoothing, sft=sft)
+    ours = stages.PairLoss(dpo, sequence, reference.numpy(), 1 / n, 1 / mask[0::2, 1:].sum())
+    value = ours(nll)
+    (found,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(value, slow)
+    torch.testing.assert_close(found, expected)
+    sums = dict(zip(stages.DPO.names, ours.sums.tolist()))
+    rewards = [sums[f"rewards/{side}"] for side in ("chosen", "rejected")]
+    assert sums["pairs"] == n and sums["rewards/margins"] == pytest.approx(rewards[0] - rewards[1])
+
+
+def test_a_loss_of_nll_is_differentiated_through_it(tiny_model):
+    """(sum of nll)^2 of a row has the derivative 2 * sum by each nll: weights that can also be given."""
+    model, tokens = tiny_model(vocab_size=61, document_start=60), torch.randint(60, (2, 2, 9))
+    out = model(*tokens, weights=lambda nll: (nll.sum(1) ** 2).mean())
+    out.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    sums = out.nll.sum(1, keepdim=True)
+    model(*tokens, weights=(2 * sums / 2).expand_as(out.nll).contiguous()).loss.backward()
+    assert float(out.loss) == pytest.approx(float((sums**2).mean()), rel=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+    with torch.no_grad():
+        assert float(model(*tokens, weights=lambda nll: nll.sum()).loss) == pytest.approx(float(sums.sum()), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_sft_learns_answers(finished):
+    lines = curve(finished / "sft")
+    first, last = [line for line in lines if line["event"] == "validation"]
+    assert last["loss"] < first["loss"] - 1 and last["loss"] == last["answers"]["nats"]
+    assert first["forced"]["2"]["depth"] == 2 and list(last["domains"]) == ["ours"]
+    steps = [line for line in lines if line["event"] == "train"]
+    trained = json.loads((finished / "chats/manifest.json").read_text())["train"]
+    assert sum(line["groups"]["answer"]["tokens"] for line in steps) == trained["trained"]
+    groups = [group for line in steps for group in line["groups"].values()]
+    assert sum(group["tokens"] for group in groups) == trained["tokens"], "all rows once, and no padding"
+
+
+def test_prompts_have_no_loss(workplace, monkeypatch):
+    """Only where the mask is 1 do targets matter: with all others exchanged, training is the same."""
+    read = stages.SFT.read
+
+    def exchanged(self):
+        parts, state = read(self)
+        for part in parts:
+            part.targets[part.weights == 0] = 11
+        return parts, state
+
+    monkeypatch.setattr(stages.SFT, "read", exchanged)
+    assert run(monkeypatch, "sft", "--out=again") == 0
+    here, there = weights("again"), weights("sft")
+    assert all(torch.equal(here[name], there[name]) for name in there)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_micro_batches_and_processes_change_nothing(workplace, finished, monkeypatch, stage):
+    """An answer weighs the same in whichever micro-batch and process it is."""
+    reference = [line for line in curve(finished / stage) if line["event"] == "train"]
+    if stage == "sft":
+        assert run(monkeypatch, stage, "--out=again", "--train.micro_batch=4") == 0
+    else:  # the packing of pairs depends on the micro-batch, so compare processes
+        result = launch(workplace, stage, "--out=again", processes=2)
+        assert result.returncode == 0, result.stderr
+    found = [line for line in curve(workplace / "again") if line["event"] == "train"]
+    assert len(found) == len(reference)
+    for here, there in zip(found, reference):
+        assert here["loss"] == pytest.approx(there["loss"], rel=2e-3)
+        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=2e-2)
+
+
+def test_dpo_starts_at_the_reference_and_learns(finished):
+    lines = curve(finished / "dpo")
+    first, last = [line for line in lines if line["event"] == "validation"]
+    assert first["rewards/accuracies"] == 0.5 and first["rewards/margins"] == 0
+    assert first["loss"] == pytest.approx(np.log(2)) and first["length_correlation"] == 0
+    assert last["rewards/accuracies"] > 0.8 and last["rewards/margins"] > 0 and last["loss"] < first["loss"] - 0.1
+    assert last["written"]["answers"] == 3 and 0 <= last["written"]["ended"] <= 1 <= last["written"]["depth"] <= 4
+    step = next(line for line in lines if line["event"] == "train")
+    assert step["loss"] == pytest.approx(np.log(2), abs=1e-4) and step["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert step["depth"] == 4, "every token takes the maximum"
+    assert step["logps/chosen"] < 0 and step["groups"].keys() == {"prompt", "chosen", "rejected"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_killed_it_goes_on_bit_for_bit(workplace, finished, stage):
+    shutil.rmtree(workplace / stage, ignore_errors=True)
+    kill = """
+train_step = train.Trainer.train_step
+def killed(self):
+    metrics = train_step(self)
+    if self.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return metrics
+train.Trainer.train_step = killed
+"""
+    assert launch(workplace, stage, before=kill).returncode == -signal.SIGKILL
+    again = launch(workplace, stage)
+    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
+    assert curve(workplace / stage) == curve(finished / stage)
+    here, there = weights(workplace / stage), weights(finished / stage)
+    assert all(torch.equal(here[name], there[name]) for name in there)
+
+
+def test_the_reference_is_worked_out_once_and_belongs_to_its_model(workplace, finished, monkeypatch, capsys):
+    shutil.copytree(finished / "dpo", "dpo")
+    answer_logps, calls = stages.answer_logps, []
+    monkeypatch.setattr(stages, "answer_logps", lambda *a: calls.append(a[-1]) or answer_logps(*a))
+    assert run(monkeypatch, "dpo", "--out=dpo") == 0
+    assert "reference" not in calls
+    assert run(monkeypatch, "dpo", "--out=dpo", "--dpo.depth=2") == 0
+    assert calls.count("reference") == 2, "at another depth the reference is another"
+    file = checkpoint.find("sft")
+    tensors = checkpoint.read_tensors(file, "model")
+    tensors["halting.bias"] += 1
+    meta = json.loads((file / "meta.json").read_text())
+    unfinished = checkpoint.begin(Path("sft/checkpoints"), meta["step"])
+    checkpoint.write_tensors(unfinished, "model", tensors)
+    checkpoint.finish(unfinished, meta)
+    capsys.readouterr()
+    assert run(monkeypatch, "dpo", "--out=dpo") == 2
+    assert "the model at `init` is not the one that" in capsys.readouterr().err
+    Path("dpo/reference.safetensors").write_bytes(b"half")
+    assert run(monkeypatch, "dpo", "--out=dpo") == 2
+    assert "reference.safetensors: damaged" in capsys.readouterr().err
+
+
+def test_reference_log_probabilities_are_those_of_a_direct_forward(finished):
+    model, meta = checkpoint.load_model(finished / "sft")
+    chats = stages.chat.Chats.open(finished / "pairs")
+    rows = stages.pair_rows(chats, "val")
+    cfg = SimpleNamespace(train=SimpleNamespace(segment=8), eval=SimpleNamespace(rows=3))
+    found = stages.answer_logps(model, rows, cfg, 8, 3, None)  # memory grows to the longest row
+    for i, (ids, targets, mask) in enumerate(rows):
+        with torch.no_grad():
+            out = model(torch.from_numpy(ids)[None], torch.from_numpy(targets)[None], depth=3)
+        assert found[i // 2, i % 2] == pytest.approx(-float(out.nll[0, torch.from_numpy(mask)].sum()), abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    "stage, override, message",
+    [
+        ("sft", "--init=nowhere", "nowhere: no such folder"),
+        ("sft", "--init=", "'init' is missing: the stage sft goes on from a model"),
+        ("dpo", "--init=base", "'init' base is of the stage pretrain; the stage dpo goes on from a model of the stage sft"),
+        ("sft", "--data.path=pairs", "pairs: holds preference, not sft"),
+        ("dpo", "--data.path=chats", "chats: holds sft, not preference"),
+        ("sft", "--train.tokens=1000", "'train.tokens' is not used in the stage sft"),
+        ("sft", "--train.epochs=0", "'train.epochs' must be at least 1"),
+        ("sft", "--dpo.beta=0.2", "[dpo] has no use in the stage sft"),
+        ("sft", "--model.max_depth=6", "model.max_depth: 4 -> 6"),
+        ("sft", "--eval.depths=[5]", "'eval.depths' has 5; this model's depths are 1..4"),
+        ("dpo", "--dpo.depth=5", "'dpo.depth' 5 must lie in 1..4"),
+        ("dpo", "--dpo.loss=hinge", "'dpo.loss' must be one of 'sigmoid', 'sigmoid_norm', not 'hinge'"),
+        ("dpo", "--dpo.label_smoothing=0.5", "'label_smoothing' must lie in [0, 0.5), not 0.5"),
+        ("dpo", "--train.target_depth=2", "'train.target_depth' has no use in the stage dpo"),
+        ("dpo", "--train.segment=16", "does not fit into 16"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, stage, override, message):
+    assert run(monkeypatch, stage, "--out=other", override) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
+
+
+def test_pretraining_data_are_no_chats(workplace, prepared, monkeypatch, capsys):
+    assert run(monkeypatch, "sft", "--out=other", f"--data.path={prepared}") == 2
+    assert "holds pretraining text, not sft" in capsys.readouterr().err
