@@ -1,6 +1,7 @@
-# make demo    a small model on real text, from nothing, on two CPU cores
-# make test    the tests
-# make clean   remove what the demo made (not the environment)
+# make demo       a small model on real text, from nothing, on two CPU cores
+# make pipeline   the same, then instruction tuning, preference tuning, a chat and an evaluation
+# make test       the tests
+# make clean      remove what they made (not the environment)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,13 +12,21 @@ BIN = $(VENV)/bin
 export THP_MEM_ALLOC_ENABLE = 1
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test clean
+.PHONY: demo pipeline test clean
 
 demo: $(VENV)/installed
 	$(BIN)/python prepare_data.py configs/data/demo.toml
 	$(BIN)/python train.py configs/demo.toml
 	$(BIN)/python sample.py --checkpoint runs/demo --max_tokens 100 --temperature 0.7 --seed 1 "Question: What is"
 	$(BIN)/python eval_depth.py --checkpoint runs/demo --tokens 4000
+
+pipeline: demo
+	$(BIN)/python prepare_data.py configs/data/demo_sft.toml
+	$(BIN)/python train.py configs/demo_sft.toml
+	$(BIN)/python prepare_data.py configs/data/demo_dpo.toml
+	$(BIN)/python train.py configs/demo_dpo.toml
+	$(BIN)/python sample.py --checkpoint dpo --max_tokens 60 --temperature 0.3 --seed 1 "What is chemistry?"
+	$(BIN)/python evaluate.py perplexity runs/demo_dpo --data data/demo --tokens 2000
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -37,4 +46,4 @@ $(VENV)/installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/pytho
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf data/demo runs/demo
+	rm -rf data/demo data/demo_sft data/demo_dpo runs/demo runs/demo_sft runs/demo_dpo

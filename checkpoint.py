@@ -8,7 +8,8 @@
         SHA256SUMS                of all of them; `sha256sum -c` reads it
     runs/demo/checkpoints/best -> step_00000200
 
-A checkpoint is written under another name, flushed to disk and renamed: a killed run leaves the one before.
+A checkpoint is written under another name, flushed to disk and renamed: a killed run leaves the one before. `export`
+makes one file of the weights alone, to keep or to pass on.
 """
 
 import hashlib
@@ -25,6 +26,9 @@ import config
 import data
 from memory import Memory, Ring
 from model import ModelConfig, RecurrentTransformer
+
+STAGES = {"base": "pretrain", "sft": "sft", "dpo": "dpo"}  # the name of a model: the stage of training it comes from
+SUFFIX = ".safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -85,26 +89,47 @@ def steps(folder):
     return sorted(path for path in folder.resolve().glob("step_*") if not path.suffix)
 
 
-def find(where=None):
-    """The checkpoint meant by `where`: a checkpoint folder, a run folder (its newest), or None (the newest of all).
+def stage(meta):
+    """The stage of training that a model comes from: "pretrain", "sft" or "dpo"."""
+    return meta["config"].get("stage", "pretrain")
 
-    Raises `CheckpointError`.
+
+def find(where=None):
+    """The checkpoint meant by `where`: a checkpoint folder, a run folder (its newest), a file written by `export`, or
+    one of `STAGES`: base.safetensors (sft, dpo) in this folder, else the newest of the runs of that stage under runs/.
+
+    None: what the environment variable MODEL says, else the newest of all under runs/. Raises `CheckpointError`.
     """
-    if where is None:
+    where = where or os.environ.get("MODEL") or None
+    if where in STAGES and (file := Path(f"{where}.safetensors")).exists():
+        return file
+    if where is None or where in STAGES:
         found = [step for folder in Path("runs").glob("*/checkpoints") for step in steps(folder)]
-        if not found:
+        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        if newest := next((path for path in found if where is None or _stage(path) == STAGES[where]), None):
+            return newest
+        if where is None:
             raise CheckpointError("no checkpoint under runs/; train one first, for example with `make demo`")
-        return max(found, key=lambda path: path.stat().st_mtime)
+        raise CheckpointError(
+            f"no model '{where}': neither {where}.safetensors here nor a run of the stage {STAGES[where]} under runs/; "
+            "train one, or name a checkpoint by its path"
+        )
     path = Path(where)
-    if (path / "meta.json").exists():
+    if (path / "meta.json").exists() or (path.suffix == SUFFIX and path.is_file()):
         return path
     if found := steps(path / "checkpoints") or steps(path):
         return found[-1]
-    raise CheckpointError(f"{path}: " + ("holds no checkpoint" if path.exists() else "no such folder"))
+    if path.is_file():
+        raise CheckpointError(f"{path}: not a model; name a run folder or a file written by `sample.py --export`")
+    missing = "no such file" if path.suffix == SUFFIX else "no such folder"
+    raise CheckpointError(f"{path}: {'holds no checkpoint' if path.exists() else missing}")
 
 
 def read_meta(path):
-    """The contents of meta.json after every file of the checkpoint has been checked. Raises `CheckpointError`."""
+    """The contents of meta.json after every file of the checkpoint has been checked; of an exported file, what `export`
+    kept of them. Raises `CheckpointError`."""
+    if path.suffix == SUFFIX:
+        return _exported_meta(path)
     remedy = f"delete {path} to go on from the checkpoint before it"
     try:
         lines = (path / "SHA256SUMS").read_text().splitlines()
@@ -130,8 +155,9 @@ def read_tensors(path, name, device="cpu"):
 
 
 def load_weights(model, path, device="cpu"):
-    """Load model.safetensors into `model`. Raises `CheckpointError` where names or shapes differ."""
-    weights, own = read_tensors(path, "model", device), model.state_dict()
+    """Load model.safetensors, or an exported file, into `model`. Raises `CheckpointError` where names or shapes
+    differ."""
+    weights, own = read_tensors(*_place(path), device), model.state_dict()
     for name in sorted(weights.keys() | own.keys()):
         there, here = weights.get(name), own.get(name)
         if there is None or here is None or there.shape != here.shape:
@@ -153,6 +179,25 @@ def load_model(where=None, device="cpu", compute_dtype=torch.float32):
     if model.config.vocab_size != data.VOCAB_SIZE:
         raise CheckpointError(f"{path}: its vocabulary of {model.config.vocab_size} is not the bundled tokenizer's")
     return model.to(device).eval(), meta
+
+
+def export(where, file):
+    """Write the model of the checkpoint `where` (see `find`) as one safetensors file, with its configuration, step and
+    memory as JSON in the file's metadata: `find` and `load_model` read it. Returns them. Raises `CheckpointError`."""
+    path, file = find(where), Path(file)
+    if file.suffix != SUFFIX:
+        raise CheckpointError(f"{file}: the name of an exported model must end in {SUFFIX}")
+    meta = {key: value for key, value in read_meta(path).items() if key in ("config", "step", "memory")}
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    try:
+        save_file(read_tensors(*_place(path)), unfinished, {"format": "pt", "meta": json.dumps(meta)})
+        _flush(unfinished)
+        unfinished.replace(file)
+        _flush(file.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"{file}: cannot be written ({error})") from None
+    return meta
 
 
 def optimizer_tensors(model, optimizers):
@@ -197,6 +242,34 @@ def read_memories(path, position, rows, micro, device):
         keys, values = ([own[f"{kind}.{i}"].to(device) for i in slots] for kind in ("keys", "values"))
         memories.append(Memory(Ring(keys, values, position), own["live"], position))
     return memories
+
+
+def _place(path):
+    """Folder and name of the weights of a checkpoint folder or exported file, for `read_tensors`."""
+    return (path.parent, path.stem) if path.suffix == SUFFIX else (path, "model")
+
+
+def _stage(path):
+    """The stage of a checkpoint folder, by its meta.json alone: the runs that are only searched are not checked."""
+    try:
+        return stage(json.loads((path / "meta.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}/meta.json: damaged ({error}); delete {path}, or name another model") from None
+
+
+def _exported_meta(path):
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); copy or export it again") from None
+    try:
+        meta = json.loads(metadata["meta"])
+        if not {"model", "train"} <= meta["config"].keys() or not {"step", "memory"} <= meta.keys():
+            raise KeyError
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: not a model of ours; `sample.py --export` writes them") from None
+    return meta
 
 
 def _sha256(file):

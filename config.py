@@ -25,18 +25,12 @@ class ConfigError(ValueError):
 def load(path, schema, overrides=()):
     """Read the TOML file `path` into the dataclass `schema`; `overrides` are strings `section.key=value`.
 
+    A file may begin with `extends = "other.toml"`, a path from its own folder: it is then read over the keys of that.
     A value on the command line is read as TOML (`8`, `0.1`, `true`, `[1, 2]`), and as plain text where it is not.
     Raises `ConfigError`.
     """
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = sorted(str(p) for p in Path("configs").rglob("*.toml"))
-        near = difflib.get_close_matches(str(path), found, 1, 0.4)
-        raise ConfigError(f"{path}: no such config file{_hint(near)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    raw = _read(path)
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -53,6 +47,29 @@ def load(path, schema, overrides=()):
                 raise ConfigError(f"override '--{key}': '{section}' is a value, not a section")
         table[name] = value
     return from_dict(raw, schema, str(path))
+
+
+def _read(path, seen=()):
+    """The keys of a TOML file and of those that it extends. Raises `ConfigError`."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = sorted(str(p) for p in Path("configs").rglob("*.toml"))
+        near = difflib.get_close_matches(str(path), found, 1, 0.4)
+        raise ConfigError(f"{path}: no such config file{_hint(near)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if (other := raw.pop("extends", None)) is None:
+        return raw
+    if not isinstance(other, str) or path.resolve() in seen:
+        raise ConfigError(f"{path}: 'extends' must be the path of another file, which does not extend this one")
+    return _over(_read(path.parent / other, (*seen, path.resolve())), raw)
+
+
+def _over(base, raw):
+    """The keys of `raw` over those of `base`, section by section."""
+    sections = [key for key in raw if isinstance(base.get(key), dict) and isinstance(raw[key], dict)]
+    return base | raw | {key: _over(base[key], raw[key]) for key in sections}
 
 
 def from_dict(raw, schema, where, prefix=""):

@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,8 @@ def score_pairs(model, pairs, memory, segment=512, rows=16, depth=None, progress
     length = -(-max(length for length, _ in fill) // segment) * segment
     packed = np.full((2, rows, length), model.config.document_start)
     for row, queue in enumerate(queues):
-        joined = np.concatenate([np.stack(pairs[i]) for i in queue], 1)
-        packed[:, row, : joined.shape[1]] = joined
+        for start, i in zip(accumulate((len(pairs[i][0]) for i in queue), initial=0), queue):
+            packed[:, row, start : start + len(pairs[i][0])] = pairs[i]
 
     state = model.new_memory(rows, memory)
     nll, taken = np.empty((rows, length), np.float32), np.empty((rows, length), np.int64)

@@ -8,9 +8,9 @@ held-out data. train.py has the rest, which is the same for all.
 A stage has `groups`, the names of the kinds of token whose loss and depth are logged apart; `steps`; the `sha256` of
 its data; `depth`, the steps of every token in training, or None; `names` of its own sums; and these methods:
 
-    read()                  the next step's `Part`s of this process, one a micro-batch, and the reader's position after it
+    read()                  the next step's `Part`s of this process, one a micro-batch, and where the reader then is
     metrics(groups, sums)   what the log gets of a step
-    evaluate(memory)        the same on held-out data; its "loss" decides which checkpoint is the best
+    evaluate(memory)        the same of held-out data; its "loss" decides which checkpoint is the best
     summary(result)         of an evaluation, one line
 """
 
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 import chat
 import checkpoint
 import data
+import decoding
 import evaluate
 
 
@@ -225,7 +226,7 @@ class DPO(Stage):
                     if stored.metadata() == key:
                         return {name: stored.get_tensor(name).numpy() for name in stored.keys()}
             except safetensors.SafetensorError as error:
-                raise checkpoint.CheckpointError(f"{file}: damaged ({error}); delete it to have it made again") from None
+                raise checkpoint.CheckpointError(f"{file}: damaged ({error}); delete it, to make it anew") from None
         found = {
             split: answer_logps(model, pair_rows(self.chats, split), self.cfg, meta["memory"], self.depth, "reference")
             for split in ("train", "val")
@@ -391,8 +392,6 @@ def write_answers(model, chats, cfg, memory, limit=256, temperature=0.8):
         prompt = ids[: np.argmax(mask) + 1].tolist()  # up to the first <|assistant|>
         if len(prompts) < cfg.eval.answers and prompt not in prompts:
             prompts.append(prompt)
-    import decoding
-
     generator = torch.Generator(model.embedding.weight.device).manual_seed(cfg.train.seed)
     answers = decoding.generate_batch(
         model, prompts, [limit] * len(prompts), temperature=temperature, generator=generator, memory_length=memory,

@@ -10,7 +10,10 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import statistics
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -91,8 +94,8 @@ class Config:
     eval: EvalConfig
     dpo: DPOConfig
     stage: Literal["pretrain", "sft", "dpo"] = "pretrain"
-    # A run, checkpoint or exported file to take the weights and the [model] from; sft needs a pretrained model, dpo an
-    # instruction-tuned one.
+    # The model to go on from, with its architecture, as `checkpoint.find` reads it: a run folder, a checkpoint or an
+    # exported file. sft needs a pretrained one, dpo an instruction-tuned one.
     init: str = ""
 
     def __post_init__(self):
@@ -110,6 +113,8 @@ class Config:
             raise ValueError(f"'init' is missing: the stage {self.stage} goes on from a model; name its run folder")
         if self.stage == "dpo" and t.target_depth:
             raise ValueError("'train.target_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
+        if self.stage == "dpo" and t.dtype == "fp8":
+            raise ValueError("'train.dtype = fp8' has no use in the stage dpo: its error would be taken for a reward")
         if self.stage != "dpo" and self.dpo != DPOConfig():
             raise ValueError(f"[dpo] has no use in the stage {self.stage}; leave it out")
         self.check_depths()
@@ -129,7 +134,7 @@ class Config:
         if not self.init:
             return self
         meta = checkpoint.read_meta(checkpoint.find(self.init))
-        stage, before = meta["config"].get("stage", "pretrain"), {"sft": "pretrain", "dpo": "sft"}
+        stage, before = checkpoint.stage(meta), {"sft": "pretrain", "dpo": "sft"}
         if stage not in (self.stage, before.get(self.stage)):
             raise ConfigError(
                 f"'init' {self.init} is of the stage {stage}; the stage {self.stage} goes on from a model of the stage "
@@ -172,6 +177,13 @@ class Trainer:
             raise ConfigError(f"'train.device': {error}") from None
         on_cuda = self.device.type == "cuda"
         dtype = pick_dtype(self.t.dtype, self.device)
+        rows = self.t.batch_size // self.world
+        self.micro = self.t.micro_batch or rows
+        if self.t.batch_size % self.world or rows % self.micro:
+            raise ConfigError(
+                f"'train.batch_size' {self.t.batch_size} must be a multiple of 'train.micro_batch' {self.micro} "
+                f"times {self.world} processes"
+            )
         torch.manual_seed(self.t.seed)
         torch.set_float32_matmul_precision("high")
 
@@ -187,13 +199,6 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         self.ponder = PonderWeight(self.t.ponder_weight, self.t.target_depth, self.t.ponder_rate)
 
-        rows = self.t.batch_size // self.world
-        self.micro = self.t.micro_batch or rows
-        if self.t.batch_size % self.world or rows % self.micro:
-            raise ConfigError(
-                f"'train.batch_size' {self.t.batch_size} must be a multiple of 'train.micro_batch' {self.micro} "
-                f"times {self.world} processes"
-            )
         self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
         self.data_state = self.stage.reader.state()
         self.batch = None  # read ahead
@@ -212,16 +217,17 @@ class Trainer:
     def _use_fp8(self):
         """FP8 if this device can; else say why not, and train in bfloat16."""
         reason = fp8.self_test(self.device)
-        if self.device.type == "cuda" and (width := self.cfg.model.width % 16 or self.cfg.model.hidden % 16):
-            reason = f"'model.width' and 'model.hidden' must be multiples of 16, and the remainder is {width}"
+        sizes = {"model.width": self.cfg.model.width, "model.hidden": self.cfg.model.hidden}
+        sizes["micro_batch x segment"] = self.micro * self.t.segment
+        if self.device.type == "cuda" and (odd := [f"{name} = {n}" for name, n in sizes.items() if n % 16]):
+            reason = f"{odd[0]} must be a multiple of 16"
         if reason is None:
             on = {name: name in self.t.fp8_gemms for name in FP8_GEMMS}
             self.model.use_fp8(
                 fp8.Gemms(**on, gradients=kernels.E4M3 if self.t.fp8_gradients == "e4m3" else kernels.E5M2)
             )
         elif self.main:
-            name = torch.cuda.get_device_name(self.device)
-            print(f"FP8 is off, training in bfloat16: {name}: {reason}", file=sys.stderr)
+            print(f"FP8 is off, training in bfloat16: {self.device_name()}: {reason}", file=sys.stderr)
 
     def _empty_memories(self, length):
         """One memory a micro-batch."""
@@ -467,7 +473,6 @@ class Trainer:
 
     def describe(self):
         counts, model, t = self.model.parameter_counts(), self.cfg.model, self.t
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         if self.model.scales is not None:
             dtype += f" and FP8 ({', '.join(self.t.fp8_gemms)}; gradients {self.t.fp8_gradients})"
@@ -475,7 +480,7 @@ class Trainer:
             f"{counts['total'] / 1e6:.1f}M parameters (embedding {counts['embedding'] / 1e6:.1f}M, "
             f"blocks {counts['blocks'] / 1e6:.1f}M), depth up to {model.max_depth}, halting {model.halting}\n"
             f"{self.steps} steps of {t.batch_size} x {t.segment} tokens, "
-            f"memory {', '.join(str(length) for _, length in t.memory)}, {dtype} on {self.world} x {name}"
+            f"memory {', '.join(str(length) for _, length in t.memory)}, {dtype} on {self.world} x {self.device_name()}"
         )
 
     def report(self, log):
@@ -499,7 +504,30 @@ class Trainer:
             start = "before training" if first["step"] == 0 else f"at step {first['step']}"
             print(f"validation loss: {first['loss']:.4f} {start}, {last['loss']:.4f} trained")
         newest = checkpoint.steps(self.folder)[-1]
-        print(f"finished at step {self.step}: {newest}\nmetrics: {self.metrics_file}")
+        summary = self.out / "summary.json"
+        summary.write_text(json.dumps(self.summarize(log), indent=1) + "\n")
+        print(f"finished at step {self.step}: {newest}\nmetrics: {self.metrics_file}, {summary}")
+
+    def summarize(self, log):
+        """What the run was and what came of it, to compare runs by: a row of a table. FLOPs are those of the steps that
+        tokens took, `executed` those that were run; seconds are of training alone, at the median speed."""
+        lines = [line for line in log.lines if line["event"] == "train"]
+        mean = {key: statistics.fmean(line[key] for line in lines) for key in ("depth", "context")}
+        tokens = self.steps * self.t.batch_size * self.t.segment
+        speed = statistics.median(line["tokens_per_second"] for line in lines)
+        count = lambda depth: 3 * tokens * self.model.flops_per_token(depth, mean["context"])  # noqa: E731
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        return {
+            "name": self.out.name, "stage": self.cfg.stage, "commit": commit or None, "seed": self.t.seed,
+            "parameters": self.model.parameter_counts()["total"], "tokens": tokens,
+            "flops": count(mean["depth"]), "executed_flops": count(self.cfg.model.max_depth),
+            "tokens_per_second": speed, "seconds": round(tokens / speed, 1), "device": self.device_name(),
+            "torch": torch.__version__, "validation": next(reversed(log.evaluations()), None),
+        }  # fmt: skip
+
+    def device_name(self):
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
 
 class Log:

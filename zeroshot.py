@@ -35,6 +35,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 import data
+from decoding import cut, generate_batch
 from sample import InputError
 
 CARD = ("lambada", "hellaswag", "arc_easy", "arc_challenge")  # the tasks of the model card's macro
@@ -88,54 +89,31 @@ class Harness(LM):
                 self._count(requests[i], depth[row, scored[row]])
         return results
 
-    @torch.no_grad()
     def generate_until(self, requests):
-        """The greedy continuation of each (context, settings), up to <|endoftext|>, a stop string or `max_gen_toks`.
-
-        Rows of a batch end together: each is padded on the left, with <|endoftext|>s, which are documents of their own
-        that the row's document cannot see."""
+        """The greedy continuation of each (context, settings), up to <|endoftext|>, a stop string or `max_gen_toks`."""
         tokenizer, eot = data.load_tokenizer(), self.model.config.document_start
         prompts = [[eot, *tokenizer.encode_ordinary(request.args[0])] for request in requests]
         settings = [read_settings(request.args[1]) for request in requests]
         answers = [None] * len(requests)
         lengths = [len(prompt) + limit for prompt, (_, limit) in zip(prompts, settings)]
-        for batch in self._batches(lengths, "answers", alone=self.model.config.cross_documents):
-            T = max(len(prompts[i]) for i in batch)
-            tokens = torch.full((len(batch), T), eot)
-            for row, i in enumerate(batch):
-                tokens[row, T - len(prompts[i]) :] = torch.tensor(prompts[i])
-            limit = max(settings[i][1] for i in batch)
-            # at the end of a segment in training a token sees that much; decoding with less would be unlike it
-            memory = self.model.new_memory(len(batch), min(self.memory + self.segment, T + limit))
-            unread, written, depths = tokens.split(self.segment, 1), [[] for _ in batch], [[] for _ in batch]
-            going = set(range(len(batch)))
-            for _ in range(limit):
-                for part in unread:
-                    out = self.model(part, memory=memory, depth=self.depth)
-                    memory = out.memory
-                new, taken = out.logits[:, -1].argmax(-1).cpu(), out.depth[:, -1].tolist()
-                for row in list(going):
-                    token, (until, most) = int(new[row]), settings[batch[row]]
-                    if token != eot:
-                        written[row].append(token)
-                        depths[row].append(taken[row])
-                        answers[batch[row]], stopped = cut(tokenizer.decode(written[row]), until)
-                    if token == eot or stopped or len(written[row]) >= most:
-                        going.remove(row)
-                if not going:
-                    break
-                unread = [new[:, None]]
-            for row, i in enumerate(batch):
-                answers[i] = answers[i] or ""
-                self._count(requests[i], torch.tensor(depths[row]))
+        for batch in self._batches(lengths, "answers"):
+            made = generate_batch(
+                self.model, [prompts[i] for i in batch], [settings[i][1] for i in batch], depth=self.depth,
+                # at the end of a segment in training a token sees that much; decoding with less would be unlike it
+                memory_length=self.memory + self.segment, segment=self.segment,
+                until=lambda row, ids, batch=batch: cut(tokenizer.decode(ids), settings[batch[row]][0])[1],
+            )  # fmt: skip
+            for i, answer in zip(batch, made):
+                answers[i], _ = cut(tokenizer.decode(answer.tokens), settings[i][0])
+                self._count(requests[i], torch.tensor(answer.depths))
         return answers
 
-    def _batches(self, lengths, label, alone=False):
+    def _batches(self, lengths, label):
         """Lists of indices of rows of similar length, the longest first."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         with tqdm(total=len(order), desc=label, disable=None, leave=False) as progress:
             while order:
-                rows = 1 if alone else max(1, self.batch_tokens // min(max(lengths[order[0]], 1), self.segment))
+                rows = max(1, self.batch_tokens // min(max(lengths[order[0]], 1), self.segment))
                 batch, order = order[:rows], order[rows:]
                 yield batch
                 progress.update(len(batch))
@@ -163,12 +141,6 @@ def read_settings(settings):
         raise InputError("a task asks for sampled answers; only greedy ones are made here")
     until = settings.get("until") or []
     return [until] if isinstance(until, str) else until, int(settings.get("max_gen_toks", 256))
-
-
-def cut(text, until):
-    """`text` up to the first stop string, and whether there is one."""
-    found = [at for at in (text.find(stop) for stop in until if stop) if at >= 0]
-    return (text[: min(found)], True) if found else (text, False)
 
 
 # -------------------------------------------------------------------------------------------------- tasks

@@ -192,3 +192,21 @@ def test_differences_name_every_changed_key():
     ]
     assert list(differences(old, json.loads(json.dumps(old)))) == []
     assert list(differences({"a": 1}, {"a": 2}, "model.")) == ["model.a: 1 -> 2"]
+
+
+def test_a_file_extends_another(tmp_path):
+    def write(name, text):
+        (tmp_path / "configs" / name).write_text(text)
+
+    (tmp_path / "configs/rows").mkdir()
+    write("base.toml", 'out = "a"\n[optim]\nlr = 0.5\nsteps = 7\n')
+    write("rows/row.toml", 'extends = "../base.toml"\nout = "b"\n[optim]\nsteps = 8\n')
+    write("rows/next.toml", 'extends = "row.toml"\n[weights]\ncode = 1\n')
+    found = config.load("configs/rows/next.toml", Config, ["--optim.schedule=cosine"])
+    assert found == Config("b", Optim(0.5, 8, schedule="cosine"), weights={"code": 1.0})
+    write("loop.toml", 'extends = "loop.toml"\n')
+    with pytest.raises(ConfigError, match="loop.toml: 'extends' must be the path of another file"):
+        config.load("configs/loop.toml", Config)
+    write("lost.toml", 'extends = "nowhere.toml"\n')
+    with pytest.raises(ConfigError, match="nowhere.toml: no such config file"):
+        config.load("configs/lost.toml", Config)

@@ -395,6 +395,7 @@ def test_an_endless_line_is_refused_before_it_is_read(monkeypatch):
         ({"domains": {"a": {"sources": [{"files": "x", "hub": "y"}]}}}, "exactly one of the keys"),
         ({"domains": {"a": {"sources": [{"licence": "MIT"}]}}}, "exactly one of the keys"),
         ({"domains": {"a": {"sources": [{"generated": "poems"}]}}}, "generated must be one of"),
+        ({"domains": {"a": {"sources": [{"generated": "questions"}]}}}, "gives conversations, not text"),
         ({"domains": {"a": {"sources": [{"files": "x", "cut": "("}]}}}, "not a regular expression"),
         ({"domains": {"a": {"sources": [{"files": "x", "licens": "MIT"}]}}}, "did you mean 'licence'"),
     ],
@@ -564,7 +565,7 @@ def test_conversations_are_grouped():
 @pytest.mark.parametrize("name", sources.GENERATORS)
 def test_generated_problems_differ_and_follow_the_seed(name):
     def generate(seed, start=0):
-        return [r.text for r in sources.read_sources([sources.Source(generated=name)], (0, 0, start), seed)]
+        return [str(r.text) for r in sources.read_sources([sources.Source(generated=name)], (0, 0, start), seed)]
 
     assert len(set(generate(1))) == 1000 and generate(1) == generate(1) != generate(2)
     assert generate(1, 990) == generate(1)[990:]

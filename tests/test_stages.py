@@ -1,10 +1,8 @@
 """Instruction and preference tuning: losses against slow references, exact resume, and doors that stay shut."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +17,13 @@ import config
 import prepare_chat
 import stages
 import train
+from runs import assert_same_run, curve, launch
 
-ROOT = Path(train.__file__).parent
 CONFIGS = {
     "sft": """
 out = "sft"
 stage = "sft"
-init = "base"
+init = "./base"
 [data]
 path = "chats"
 [train]
@@ -48,7 +46,7 @@ adamw_lr = 1e-2
     "dpo": """
 out = "dpo"
 stage = "dpo"
-init = "sft"
+init = "./sft"
 [data]
 path = "pairs"
 [train]
@@ -97,7 +95,7 @@ def finished(tmp_path_factory, write_run):
     write_run(folder / "base")
     for stage, text in CONFIGS.items():
         (folder / f"{stage}.toml").write_text(text)
-        result = launch(folder, stage)
+        result = launch(folder, f"{stage}.toml")
         assert result.returncode == 0, result.stderr
     return folder
 
@@ -118,32 +116,6 @@ def run(monkeypatch, stage, *overrides):
     """train.py in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["train.py", f"{stage}.toml", *overrides])
     return train.main()
-
-
-def launch(folder, stage, *overrides, before="", processes=1):
-    """train.py in processes of its own, after the Python statements `before`."""
-    script = folder / "launch.py"
-    script.write_text(f"import os, signal, sys\nimport train\n{before}\nsys.exit(train.main())\n")
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), f"{stage}.toml", *overrides], cwd=folder, env=environment, capture_output=True,
-        text=True,
-    )  # fmt: skip
-
-
-TIMINGS = {"tokens_per_second", "seconds_left", "utilisation", "hardware_utilisation"}
-
-
-def curve(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-def weights(folder):
-    return checkpoint.read_tensors(checkpoint.find(folder), "model")
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -201,7 +173,7 @@ def test_a_loss_of_nll_is_differentiated_through_it(tiny_model):
     model.zero_grad()
     sums = out.nll.sum(1, keepdim=True)
     model(*tokens, weights=(2 * sums / 2).expand_as(out.nll).contiguous()).loss.backward()
-    assert float(out.loss) == pytest.approx(float((sums**2).mean()), rel=1e-6)
+    assert out.loss.item() == pytest.approx(float((sums**2).mean()), rel=1e-6)
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, msg=name)
     with torch.no_grad():
@@ -235,7 +207,7 @@ def test_prompts_have_no_loss(workplace, monkeypatch):
 
     monkeypatch.setattr(stages.SFT, "read", exchanged)
     assert run(monkeypatch, "sft", "--out=again") == 0
-    here, there = weights("again"), weights("sft")
+    here, there = (checkpoint.read_tensors(checkpoint.find(run), "model") for run in ("again", "./sft"))
     assert all(torch.equal(here[name], there[name]) for name in there)
 
 
@@ -246,7 +218,7 @@ def test_micro_batches_and_processes_change_nothing(workplace, finished, monkeyp
     if stage == "sft":
         assert run(monkeypatch, stage, "--out=again", "--train.micro_batch=4") == 0
     else:  # the packing of pairs depends on the micro-batch, so compare processes
-        result = launch(workplace, stage, "--out=again", processes=2)
+        result = launch(workplace, f"{stage}.toml", "--out=again", processes=2)
         assert result.returncode == 0, result.stderr
     found = [line for line in curve(workplace / "again") if line["event"] == "train"]
     assert len(found) == len(reference)
@@ -268,6 +240,15 @@ def test_dpo_starts_at_the_reference_and_learns(finished):
     assert step["logps/chosen"] < 0 and step["groups"].keys() == {"prompt", "chosen", "rejected"}
 
 
+def test_sft_in_fp8_is_nearly_the_same(workplace, finished, monkeypatch):
+    assert run(monkeypatch, "sft", "--out=again", "--train.dtype=fp8") == 0
+    ours, theirs = (
+        [line["loss"] for line in curve(folder) if line["event"] == "train"]
+        for folder in (workplace / "again", finished / "sft")
+    )
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)  # a random model, which rounding changes most
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_killed_it_goes_on_bit_for_bit(workplace, finished, stage):
     shutil.rmtree(workplace / stage, ignore_errors=True)
@@ -280,12 +261,10 @@ def killed(self):
     return metrics
 train.Trainer.train_step = killed
 """
-    assert launch(workplace, stage, before=kill).returncode == -signal.SIGKILL
-    again = launch(workplace, stage)
+    assert launch(workplace, f"{stage}.toml", before=kill).returncode == -signal.SIGKILL
+    again = launch(workplace, f"{stage}.toml")
     assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
-    assert curve(workplace / stage) == curve(finished / stage)
-    here, there = weights(workplace / stage), weights(finished / stage)
-    assert all(torch.equal(here[name], there[name]) for name in there)
+    assert_same_run(workplace / stage, finished / stage)
 
 
 def test_the_reference_is_worked_out_once_and_belongs_to_its_model(workplace, finished, monkeypatch, capsys):
@@ -296,7 +275,7 @@ def test_the_reference_is_worked_out_once_and_belongs_to_its_model(workplace, fi
     assert "reference" not in calls
     assert run(monkeypatch, "dpo", "--out=dpo", "--dpo.depth=2") == 0
     assert calls.count("reference") == 2, "at another depth the reference is another"
-    file = checkpoint.find("sft")
+    file = checkpoint.find("./sft")
     tensors = checkpoint.read_tensors(file, "model")
     tensors["halting.bias"] += 1
     meta = json.loads((file / "meta.json").read_text())
@@ -331,7 +310,7 @@ def test_reference_log_probabilities_are_those_of_a_direct_forward(finished):
     [
         ("sft", "--init=nowhere", "nowhere: no such folder"),
         ("sft", "--init=", "'init' is missing: the stage sft goes on from a model"),
-        ("dpo", "--init=base", "'init' base is of the stage pretrain; the stage dpo goes on from a model of the stage sft"),
+        ("dpo", "--init=./base", "base is of the stage pretrain; the stage dpo goes on from a model of the stage sft"),
         ("sft", "--data.path=pairs", "pairs: holds preference, not sft"),
         ("dpo", "--data.path=chats", "chats: holds sft, not preference"),
         ("sft", "--train.tokens=1000", "'train.tokens' is not used in the stage sft"),
@@ -343,6 +322,7 @@ def test_reference_log_probabilities_are_those_of_a_direct_forward(finished):
         ("dpo", "--dpo.loss=hinge", "'dpo.loss' must be one of 'sigmoid', 'sigmoid_norm', not 'hinge'"),
         ("dpo", "--dpo.label_smoothing=0.5", "'label_smoothing' must lie in [0, 0.5), not 0.5"),
         ("dpo", "--train.target_depth=2", "'train.target_depth' has no use in the stage dpo"),
+        ("dpo", "--train.dtype=fp8", "'train.dtype = fp8' has no use in the stage dpo"),
         ("dpo", "--train.segment=16", "does not fit into 16"),
     ],
 )  # fmt: skip

@@ -5,9 +5,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +15,9 @@ import config
 import prepare_data
 import train
 from model import RecurrentTransformer
+from runs import ROOT, assert_same_run, curve, launch
 from sources import Source
 
-ROOT = Path(train.__file__).parent
 STEPS = 12
 CONFIG = f"""
 out = "run"
@@ -77,7 +75,7 @@ def reference(tmp_path_factory, prepared):
     folder = tmp_path_factory.mktemp("reference")
     shutil.copytree(prepared, folder / "data")
     (folder / "tiny.toml").write_text(CONFIG)
-    assert launch(folder).returncode == 0
+    assert launch(folder, "tiny.toml").returncode == 0
     return folder
 
 
@@ -85,39 +83,6 @@ def run(monkeypatch, *overrides):
     """train.py in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["train.py", "tiny.toml", *overrides])
     return train.main()
-
-
-def launch(folder, *overrides, before="", processes=1):
-    """train.py in processes of its own, after the Python statements `before`."""
-    script = folder / "launch.py"
-    script.write_text(f"import os, signal, sys\nimport checkpoint, train\n{before}\nsys.exit(train.main())\n")
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), "tiny.toml", *overrides], cwd=folder, env=environment, capture_output=True, text=True
-    )
-
-
-TIMINGS = {"tokens_per_second", "seconds_left", "utilisation", "hardware_utilisation"}
-
-
-def curve(folder, out="run"):
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-def weights(folder, out="run"):
-    path = checkpoint.find(folder / out)
-    return path.name, checkpoint.read_tensors(path, "model")
-
-
-def assert_same_run(folder, reference):
-    assert curve(folder) == curve(reference)
-    (name, here), (wanted, there) = weights(folder), weights(reference)
-    assert name == wanted and all(torch.equal(here[key], there[key]) for key in there)
 
 
 # ------------------------------------------------------------------------------------------------ resume
@@ -134,11 +99,11 @@ def killed(self):
     return metrics
 train.Trainer.train_step = killed
 """
-    assert launch(workplace, before=kill).returncode == -signal.SIGKILL, f"step {step}"
-    again = launch(workplace)
+    assert launch(workplace, "tiny.toml", before=kill).returncode == -signal.SIGKILL, f"step {step}"
+    again = launch(workplace, "tiny.toml")
     assert again.returncode == 0, again.stderr
     assert ("going on from" in again.stdout) is (step > 3), f"step {step}"
-    assert_same_run(workplace, reference)
+    assert_same_run(workplace / "run", reference / "run")
 
 
 @pytest.mark.parametrize("during", ["model", "optimizer", "memory_0"])
@@ -154,11 +119,11 @@ def killed(path, name, tensors):
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.write_tensors = killed
 """
-    assert launch(workplace, before=kill).returncode == -signal.SIGKILL
+    assert launch(workplace, "tiny.toml", before=kill).returncode == -signal.SIGKILL
     assert (workplace / "run/checkpoints/step_00000006.unfinished").exists()
     assert checkpoint.find(workplace / "run").name == "step_00000003"
-    assert launch(workplace).returncode == 0
-    assert_same_run(workplace, reference)
+    assert launch(workplace, "tiny.toml").returncode == 0
+    assert_same_run(workplace / "run", reference / "run")
     assert not list((workplace / "run/checkpoints").glob("*.unfinished"))
 
 
@@ -178,7 +143,7 @@ def test_a_stop_signal_saves_and_exits_with_zero(workplace, reference, monkeypat
     assert checkpoint.find("run").name == "step_00000005"
     assert checkpoint.load_model("run")[1]["memory"] == 16  # what sample.py takes: not yet the curriculum's last
     assert run(monkeypatch) == 0
-    assert_same_run(workplace, reference)
+    assert_same_run(workplace / "run", reference / "run")
 
 
 def test_a_kill_between_saving_and_evaluating_loses_no_evaluation(workplace, reference, monkeypatch):
@@ -193,14 +158,14 @@ def test_a_kill_between_saving_and_evaluating_loses_no_evaluation(workplace, ref
     assert run(monkeypatch) == 130
     monkeypatch.setattr(train.Trainer, "report", report)
     assert run(monkeypatch) == 0
-    assert_same_run(workplace, reference)
+    assert_same_run(workplace / "run", reference / "run")
 
 
 def test_a_finished_run_stays_as_it_is(reference, tmp_path, monkeypatch):
     folder = shutil.copytree(reference, tmp_path / "copy")
     monkeypatch.chdir(folder)
     assert run(monkeypatch) == 0
-    assert_same_run(folder, reference)
+    assert_same_run(folder / "run", reference / "run")
 
 
 def test_the_random_state_and_the_optimizers_are_restored(reference, tmp_path, monkeypatch):
@@ -230,72 +195,77 @@ def test_fp8_training_resumes_bit_for_bit(workplace, monkeypatch):
 
     monkeypatch.setattr(train.Trainer, "train_step", interrupted)
     assert run(monkeypatch, fp8) == 0 and run(monkeypatch, fp8) == 0
-    assert curve(workplace) == curve(workplace, "whole")
-    amax = [line["amax"] for line in curve(workplace) if line["event"] == "fp8"]
+    assert curve(workplace / "run") == curve(workplace / "whole")
+    amax = [line["amax"] for line in curve(workplace / "run") if line["event"] == "fp8"]
     assert len(amax) == 3 and [len(x) for x in amax[-1]["gradient"].values()] == [3] * 4  # of every site and step
 
 
 # ------------------------------------------------------------------------------------------------ what is computed
 
 
-def test_fp8_trains_nearly_as_float32_does(workplace, reference, monkeypatch):
-    assert run(monkeypatch, "--train.dtype=fp8") == 0
-    ours, theirs = ([line["loss"] for line in curve(f) if line["event"] == "train"] for f in (workplace, reference))
+@pytest.mark.parametrize("gradients", ["e5m2", "e4m3"])
+def test_fp8_trains_nearly_as_float32_does(workplace, reference, monkeypatch, gradients):
+    assert run(monkeypatch, "--train.dtype=fp8", f"--train.fp8_gradients={gradients}") == 0
+    curves = [curve(folder / "run") for folder in (workplace, reference)]
+    ours, theirs = ([line["loss"] for line in lines if line["event"] == "train"] for lines in curves)
     assert ours != theirs and ours == pytest.approx(theirs, abs=0.02)
 
 
 def test_where_fp8_does_not_work_training_says_why_and_goes_on_without(workplace, reference, monkeypatch, capsys):
     monkeypatch.setattr(train.fp8, "self_test", lambda device: "the GEMM is off by 0.5")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(train.Trainer, "device_name", lambda self: "Some GPU")
     assert run(monkeypatch, "--train.dtype=fp8") == 0
     assert "FP8 is off, training in bfloat16: Some GPU: the GEMM is off by 0.5" in capsys.readouterr().err
-    assert_same_run(workplace, reference)
+    assert_same_run(workplace / "run", reference / "run")
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "step"])
 def test_recomputing_activations_changes_nothing(workplace, reference, monkeypatch, recompute):
     assert run(monkeypatch, f"--train.recompute={recompute}") == 0
-    assert_same_run(workplace, reference)
+    assert_same_run(workplace / "run", reference / "run")
 
 
 def test_what_a_run_reports(reference):
-    lines = curve(reference)
+    lines = curve(reference / "run")
     assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if line["event"] == "validation"] == [0, 6, STEPS]
     for line in lines:
         groups = line["groups" if line["event"] == "train" else "domains"]
         assert groups.keys() <= {"arithmetic", "word_problems"}
         if line["event"] == "train":
-            number = sum(d["tokens"] for d in line["domains"].values())
-            mean = sum(d["loss"] * d["tokens"] for d in line["domains"].values()) / number
+            number = sum(d["tokens"] for d in groups.values())
+            mean = sum(d["loss"] * d["tokens"] for d in groups.values()) / number
             assert number == 4 * 16 and mean == pytest.approx(line["loss"])
         else:
             assert line["forced"].keys() == {"1", "3"} and line["forced"]["3"]["depth"] == 3
     assert [line["memory"] for line in lines if line["event"] == "train"] == [16] * 6 + [32] * 6
     first, _, last = (line["macro"]["bits_per_byte"] for line in lines if line["event"] == "validation")
     assert last < first
+    summary = json.loads((reference / "run/summary.json").read_text())
+    assert summary["validation"] == [line for line in lines if line["event"] == "validation"][-1]
+    assert summary["tokens"] == STEPS * 4 * 16 and 0 < summary["flops"] <= summary["executed_flops"]
     assert (reference / "run/checkpoints/best").resolve() == checkpoint.find(reference / "run")
 
 
 def test_micro_batches_change_nothing(workplace, reference, monkeypatch):
     assert run(monkeypatch, "--train.micro_batch=4", "--out=one") == 0
-    for a, b in zip(curve(workplace, "one"), curve(reference)):
+    for a, b in zip(curve(workplace / "one"), curve(reference / "run")):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
 
 
 def test_two_processes_give_the_losses_of_one(workplace, reference):
-    halves = launch(workplace, "--train.micro_batch=0", processes=2)
+    halves = launch(workplace, "tiny.toml", "--train.micro_batch=0", processes=2)
     assert halves.returncode == 0, halves.stderr
-    ours, theirs = curve(workplace), curve(reference)
+    ours, theirs = curve(workplace / "run"), curve(reference / "run")
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
         assert a.get("depth") == pytest.approx(b.get("depth"), abs=0.02)
     # and what two processes saved, one can go on from
     shutil.rmtree(workplace / "run/checkpoints/step_00000012")
-    alone = launch(workplace)
+    alone = launch(workplace, "tiny.toml")
     assert alone.returncode == 0 and "step_00000009" in alone.stdout, alone.stderr
-    for a, b in zip(curve(workplace), theirs):
+    for a, b in zip(curve(workplace / "run"), theirs):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
 
 
@@ -324,7 +294,7 @@ def poison(monkeypatch, steps):
 def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(workplace, monkeypatch):
     poison(monkeypatch, {4, 5})
     assert run(monkeypatch, "--train.max_bad_steps=3") == 0
-    lines = [line for line in curve(workplace) if line["event"] == "train"]
+    lines = [line for line in curve(workplace / "run") if line["event"] == "train"]
     assert [line["bad_steps"] for line in lines] == [0] * 3 + [1] + [2] * 8
     assert [line["loss"] is None for line in lines] == [step in (4, 5) for step in range(1, STEPS + 1)]
     assert all(line["loss"] < 20 for line in lines[5:])  # neither weights nor memory are spoiled
@@ -423,7 +393,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ("--train.device=cuda:77", "cannot be used"),
         ("--data.path=nowhere", "nowhere: not prepared yet"),
         ("--data.weights.poems=1", "no domain 'poems'"),
-        ("--stage=sft", "must be one of 'pretrain'"),
+        ("--stage=sfr", "did you mean 'sft'?"),
     ],
 )
 def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, override, message):
@@ -437,6 +407,7 @@ def test_a_missing_config_names_the_nearest(monkeypatch, capsys):
     assert "did you mean 'configs/demo.toml'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("configs/*.toml"), *ROOT.glob("configs/yardstick/*.toml")]), ids=lambda path: path.stem)
 def test_every_config_in_the_repository_is_valid(path):
-    assert config.load(path, train.Config).stage == "pretrain"
+    stage = next((stage for stage in ("sft", "dpo") if stage in path.stem), "pretrain")
+    assert config.load(path, train.Config).stage == stage

@@ -1,0 +1,234 @@
+"""Decoding: drawing tokens from a model, one text as a stream or several at once.
+
+    generate(model, tokens, 50)             one text, token by token
+    generate_batch(model, prompts, limits)  several texts at once, whole
+    Session(model)                          a text that is fed and continued in turns: a conversation
+    Stops(["\\n\\n"])                         cuts streamed text at stop strings
+
+A text ends where the model predicts <|endoftext|>, which is never part of it.
+Shapes: B texts, V ids in use.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+# -------------------------------------------------------------------------------------------------- one token
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
+    """Token ids (B,) int64 drawn from logits (B, V); temperature 0 takes the most likely ones."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = truncate(logits, temperature, top_k, top_p)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def truncate(logits, temperature=1.0, top_k=None, top_p=1.0):
+    """Probabilities (..., V) float64 of logits (..., V) / temperature: of the `top_k` most likely tokens, and of these
+    the smallest set that holds the share `top_p` of their probability (Holtzman et al. 2020, arXiv 1904.09751)."""
+    logits = logits.double()  # float32 sums of 50 000 terms decide wrongly near top_p
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_k is None and top_p == 1:
+        return probabilities
+    V = logits.shape[-1]
+    ordered, index = probabilities.topk(min(top_k or V, V))
+    if top_p < 1:
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
+    return torch.zeros_like(probabilities).scatter_(-1, index, ordered / ordered.sum(-1, keepdim=True))
+
+
+def penalize(logits, seen, penalty):
+    """Logits (..., V) in which the tokens `seen`, (..., V) bool, are less likely: positive ones are divided by the
+    penalty, negative ones multiplied with it (Keskar et al. 2019, arXiv 1909.05858, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+class Sampler:
+    """Draws the next token of each of several texts. tokens: (B, T) int64, the texts so far. The penalty is on all the
+    ids in them but <|endoftext|>, which opens every text: a penalty would only put off the end. Options: see
+    `sample_token` and `penalize`."""
+
+    def __init__(self, config, tokens, temperature, top_k, top_p, repetition_penalty, generator):
+        self.config, self.penalty = config, repetition_penalty
+        self.options = temperature, top_k, top_p, generator
+        self.seen = torch.zeros(len(tokens), config.vocab_size, dtype=torch.bool).scatter_(1, tokens, True)
+
+    def draw(self, logits):
+        """The tokens (B,) int64, on the host, for logits (B, padded V)."""
+        logits = logits[:, : self.config.vocab_size]
+        if self.penalty == 1:
+            return sample_token(logits, *self.options).cpu()
+        self.seen = self.seen.to(logits.device)
+        self.seen[:, self.config.document_start] = False
+        drawn = sample_token(penalize(logits, self.seen, self.penalty), *self.options)
+        self.seen.scatter_(1, drawn[:, None], True)
+        return drawn.cpu()
+
+
+# -------------------------------------------------------------------------------------------------- one text
+
+
+class Session:
+    """A text that is fed and continued in turns. What the model has read stays in its memory and is not read again.
+
+    memory_length: tokens of memory. segment: at most so many are read at once. depth: None for the model's own rule, or
+    the steps that every token takes; it may be changed between two tokens. text: the ids so far, fed and drawn.
+    """
+
+    def __init__(self, model, memory_length=512, segment=512, depth=None):
+        self.model, self.memory_length, self.segment, self.depth = model, memory_length, segment, depth
+        self.memory = model.new_memory(1, memory_length)
+        self.text, self.unread = [], []
+
+    def feed(self, tokens):
+        """Add ids to the text; they are read when the next token is drawn."""
+        self.text += tokens
+        self.unread += tokens
+
+    @torch.no_grad()
+    def stream(self, max_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None, repetition_penalty=1.0):
+        """Continue the text; yields (token, depth) until <|endoftext|>, which does not become a part of it, or
+        `max_tokens`. Left early, also by Ctrl-C, it leaves a text that ends with the last token yielded.
+
+        depth of a yielded token: the steps its prediction took. Feed something first. Options: see `sample_token` and
+        `penalize`. Raises ValueError for a depth outside 1..N.
+        """
+        config, text = self.model.config, torch.tensor([self.text])
+        sampler = Sampler(config, text, temperature, top_k, top_p, repetition_penalty, generator)
+        for _ in range(max_tokens):
+            out = self._read()
+            token = int(sampler.draw(out.logits[:, -1]))
+            if token == config.document_start:
+                return
+            self.feed([token])
+            yield token, int(out.depth[0, -1])
+
+    def _read(self):
+        """The model's `Output` for the last segment of what is unread."""
+        while self.unread:
+            try:
+                self.memory.settle()  # the one thing of a forward pass that changes what is already there
+            except BaseException:  # Ctrl-C half-way through: what was written cannot be known
+                self.memory, self.unread = self.model.new_memory(1, self.memory_length), list(self.text)
+                raise
+            part, rest = self.unread[: self.segment], self.unread[self.segment :]
+            out = self.model(torch.tensor([part]), memory=self.memory, depth=self.depth)
+            self.memory, self.unread = out.memory, rest
+        return out
+
+
+def generate(
+    model, tokens, max_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None, memory_length=512, segment=512,
+    depth=None, repetition_penalty=1.0,
+):  # fmt: skip
+    """Continue `tokens`, a list of at least one id; yields (token, depth) until <|endoftext|> or `max_tokens`.
+
+    The prompt is read in segments, then one token at a time; `memory_length` tokens of memory roll along, so that the
+    text may grow for ever. The rest is as in `Session`. Raises ValueError for a depth outside 1..N.
+    """
+    session = Session(model, min(memory_length, len(tokens) + max_tokens), segment, depth)  # more is never filled
+    session.feed(tokens)
+    yield from session.stream(max_tokens, temperature, top_k, top_p, generator, repetition_penalty)
+
+
+# -------------------------------------------------------------------------------------------------- several texts
+
+
+@dataclass
+class Continuation:
+    """tokens: the ids after a prompt. depths: the steps that the prediction of each took. ended: whether the model
+    ended it with <|endoftext|>."""
+
+    tokens: list = field(default_factory=list)
+    depths: list = field(default_factory=list)
+    ended: bool = False
+
+
+@torch.no_grad()
+def generate_batch(
+    model, prompts, limits, temperature=0, top_k=None, top_p=1.0, repetition_penalty=1.0, generator=None,
+    memory_length=512, segment=512, depth=None, until=None,
+):  # fmt: skip
+    """A `Continuation` of each prompt, a list of ids that opens with <|endoftext|>, by at most `limits[i]` tokens.
+
+    until(i, tokens): asked after every token whether the i-th continuation, `tokens`, is complete. The rest is as in
+    `generate`. Raises ValueError for a prompt without <|endoftext|> in front or a depth outside 1..N.
+
+    Texts of a batch end together: each is padded on the left, with <|endoftext|>s, which are documents of their own
+    that the text cannot see. A model with `cross_documents` would see them, and gets one text at a time.
+    """
+    config = model.config
+    eot, made = config.document_start, [Continuation() for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        if prompt[:1] != [eot]:
+            raise ValueError(f"prompt {i} opens with {prompt[:1]}, not with <|endoftext|>, {eot}: it would see padding")
+    asked = [i for i, limit in enumerate(limits) if limit > 0]
+    for batch in [[i] for i in asked] if config.cross_documents else filter(None, [asked]):
+        T, limit = max(len(prompts[i]) for i in batch), max(limits[i] for i in batch)
+        tokens = torch.tensor([[eot] * (T - len(prompts[i])) + prompts[i] for i in batch])
+        sampler = Sampler(config, tokens, temperature, top_k, top_p, repetition_penalty, generator)
+        memory = model.new_memory(len(batch), min(memory_length, T + limit))
+        unread, going = tokens.split(segment, 1), set(batch)
+        for _ in range(limit):
+            for part in unread:
+                out = model(part, memory=memory, depth=depth)
+                memory = out.memory
+            drawn, taken = sampler.draw(out.logits[:, -1]), out.depth[:, -1].tolist()
+            for i, token, steps in zip(batch, drawn.tolist(), taken):
+                if i not in going:
+                    continue
+                one = made[i]
+                one.ended = token == eot
+                if not one.ended:
+                    one.tokens.append(token)
+                    one.depths.append(steps)
+                if one.ended or len(one.tokens) == limits[i] or (until and until(i, one.tokens)):
+                    going.remove(i)
+            if not going:
+                break
+            unread = [drawn[:, None]]
+    return made
+
+
+# -------------------------------------------------------------------------------------------------- stop strings
+
+
+def cut(text, stops):
+    """`text` up to the first stop string, and whether there is one."""
+    found = [at for at in (text.find(stop) for stop in stops if stop) if at >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+class Stops:
+    """Cuts text that comes in pieces at a stop string. What may be the beginning of one is held back until it is
+    decided. found: whether one has come."""
+
+    def __init__(self, stops=()):
+        self.stops, self.held, self.found = stops, [], False
+
+    def push(self, text, label=None):
+        """Add a piece of text; returns the list of (text, label) that is now certain to come before a stop string."""
+        self.held += [(text, label)] if text else []
+        whole = "".join(text for text, _ in self.held)
+        before, self.found = cut(whole, self.stops)
+        if self.found:
+            return self._release(len(before))
+        begun = (n for stop in self.stops for n in range(1, len(stop)) if whole.endswith(stop[:n]))
+        return self._release(len(whole) - max(begun, default=0))
+
+    def rest(self):
+        """The (text, label) still held back, at the end of a text in which no stop string came."""
+        return [] if self.found else self._release(sum(len(text) for text, _ in self.held))
+
+    def _release(self, n):
+        """The first `n` characters of what is held back; pieces keep their labels."""
+        out = []
+        while n:
+            text, label = self.held.pop(0)
+            out.append((text[:n], label))
+            if text[n:]:
+                self.held.insert(0, (text[n:], label))
+            n -= len(text[:n])
+        return out
