@@ -43,9 +43,12 @@ class ModelConfig:
     coda: int = 0  # C own blocks after it
     max_depth: int = 8  # N, how often the R blocks are applied
     share: bool = True  # false: N x R own blocks, a stacked transformer
-    halting: Literal["fixed", "act"] = "act"
-    halting_eps: float = 0.01  # a token halts when its halting probabilities sum to 1 - eps
-    halting_bias: float = -3.0  # sigmoid(-3) = 0.05: start deep, learn to stop
+    # Who decides on the depth of a token: nobody; a trained head; or the state itself, which needs no training: a token
+    # halts, with its newest state, when a step has changed the normalised state by less than `tolerance` (RMS).
+    halting: Literal["fixed", "act", "stability"] = "act"
+    halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
+    halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
+    tolerance: float = 0.1  # stability
     injection: Literal["none", "gain", "concat_linear"] = "gain"
     step_gains: bool = True  # own gains on the branches at every step, 4 x D per block and step
     memory: Literal["per_step", "last_step"] = "per_step"  # last_step: one K/V slot for all steps, N times smaller
@@ -64,6 +67,8 @@ class ModelConfig:
             raise ValueError(f"'width' {self.width} must be 'heads' ({self.heads}) times an even number (rotary pairs)")
         if not 0 < self.halting_eps < 1:
             raise ValueError(f"'halting_eps' must lie between 0 and 1, not {self.halting_eps}")
+        if self.tolerance < 0:
+            raise ValueError(f"'tolerance' must not be negative, as {self.tolerance} is")
         if not self.share and self.memory == "last_step":
             raise ValueError("'memory = last_step' needs 'share = true': own blocks cannot read each other's keys")
         if not 0 <= self.document_start < self.vocab_size:
@@ -249,7 +254,7 @@ class RecurrentTransformer(nn.Module):
         N, R = self.config.max_depth, self.config.recur
         if depth is not None and not 1 <= depth <= N:
             raise ValueError(f"depth must lie in 1..{N}, not {depth}")
-        steps, adaptive = depth or N, self.halting is not None and depth is None
+        steps, adaptive = depth or N, self.config.halting != "fixed" and depth is None
         device = self.embedding.weight.device
         training = torch.is_grad_enabled() and targets is not None
         gemms = self._prepare(training)
@@ -268,7 +273,7 @@ class RecurrentTransformer(nn.Module):
 
         state = kvs = None
         e, h = h, h.clone()  # not one tensor under two names, which would be a graph of its own
-        if self.halting is not None:
+        if adaptive or self.halting is not None:
             state = ActState.start(tokens, h)
             kvs = [tuple(torch.zeros_like(h).unflatten(-1, (self.config.heads, -1)) for _ in "kv") for _ in range(R)]
         shares = []  # w_n
@@ -340,6 +345,7 @@ class RecurrentTransformer(nn.Module):
 
         Returns the new state h (B, T, D), the R blocks' (keys, values), the `ActState` and this step's output weights.
         """
+        before = h
         if self.config.injection == "gain":
             a, b = inject.to(h.dtype)
             h = a * norm(h) + b * e
@@ -353,11 +359,15 @@ class RecurrentTransformer(nn.Module):
             kvs.append(kv)
         if state is None:
             return h, kvs, None, None
-        state, weight = state.advance(h, self.halting_probability(h), threshold)
+        state, weight = state.advance(h, self.halting_probability(h, before), threshold)
         return h, kvs, state, weight
 
-    def halting_probability(self, h):
-        """p_n of states h (B, T, D), as (B, T) float32. A sum, not a matrix product: it fuses with the norm."""
+    def halting_probability(self, h, before):
+        """p_n of states h (B, T, D), and of those of the step before, as (B, T) float32; 0 or 1 without a head."""
+        if self.halting is None:
+            change = (norm(h.float()) - norm(before.float())).square().mean(-1).sqrt()
+            return (change < self.config.tolerance).float()
+        # a sum, not a matrix product: it fuses with the norm
         return torch.sigmoid((norm(h.float()) * self.halting.weight).sum(-1) + self.halting.bias)
 
     def loss(self, out, targets, weights):

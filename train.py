@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -51,6 +52,7 @@ class TrainConfig:
     ponder_weight: float = 0.0  # lambda in `cross-entropy + lambda * (steps + remainder)`; its start with target_depth
     target_depth: float = 0.0  # mean steps a token to steer lambda to; 0: lambda stays
     ponder_rate: float = 1e-4  # how fast it is steered, per step of training and step of depth
+    sampled_depth: float = 0.0  # mean of a depth drawn for every step, the same for all tokens; 0: the model's own
     max_bad_steps: int = 20  # stop after so many steps in a row with a non-finite loss or gradient
     checkpoint_interval: int = 1000  # in steps
     keep: int = 2  # newest checkpoints kept, beside the best
@@ -122,8 +124,12 @@ class Config:
     def check_depths(self):
         if wrong := [k for k in self.eval.depths if not 1 <= k <= self.model.max_depth]:
             raise ValueError(f"'eval.depths' has {wrong[0]}; this model's depths are 1..{self.model.max_depth}")
-        if self.train.target_depth and self.model.halting == "fixed":
-            raise ValueError("'train.target_depth' needs 'model.halting = act': a fixed depth cannot be steered")
+        if self.train.target_depth and (self.model.halting != "act" or self.train.sampled_depth):
+            raise ValueError("'train.target_depth' needs 'model.halting = act' and no 'train.sampled_depth'")
+        if self.train.sampled_depth and not 1 <= self.train.sampled_depth <= self.model.max_depth:
+            raise ValueError(f"'train.sampled_depth' {self.train.sampled_depth} must lie in 1..{self.model.max_depth}")
+        if self.train.sampled_depth and self.stage == "dpo":
+            raise ValueError("'train.sampled_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
             raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
         if self.dpo.depth > self.model.max_depth:
@@ -162,6 +168,13 @@ PEAK_TFLOPS = {
 def memory_length(progress, curriculum):
     """The Transformer-XL memory at `progress` (0..1) of training."""
     return [length for start, length in curriculum if start <= progress][-1]
+
+
+def draw_depth(mean, most, random, sigma=0.5):
+    """A depth in 1..most, one more than a Poisson variable whose rate is log-normal (Geiping et al. 2025, arXiv
+    2502.05171, section 3.3); before the cut at `most` its mean is `mean`."""
+    rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma)
+    return min(1 + int(random.poisson(rate)), most)
 
 
 class Trainer:
@@ -253,11 +266,14 @@ class Trainer:
         stage, groups = self.stage, len(self.stage.groups)
         sums = torch.zeros(groups + 2, 3, device=self.device, dtype=torch.float64)
         own = torch.zeros(len(stage.names), device=self.device, dtype=torch.float64)
-        context = 0.0
+        context, depth = 0.0, stage.depth
+        if self.t.sampled_depth:
+            random = np.random.default_rng([self.t.seed, self.step])
+            depth = draw_depth(self.t.sampled_depth, self.cfg.model.max_depth, random)
         for i, part in enumerate(parts):
             synced = i == len(parts) - 1 or self.world == 1
             with nullcontext() if synced else self.wrapped.no_sync():
-                out = self.wrapped(part.tokens, part.targets, self.memories[i], stage.depth, part.weights, spans[i])
+                out = self.wrapped(part.tokens, part.targets, self.memories[i], depth, part.weights, spans[i])
                 objective = out.loss
                 if self.ponder.value:
                     objective = objective + self.ponder.value * out.ponder.mean()

@@ -51,6 +51,7 @@ VARIANTS = {
     "concat": {"injection": "concat_linear"},
     "plain": {"injection": "none", "step_gains": False},
     "across documents": {"cross_documents": True},
+    "stability": {"halting": "stability", "tolerance": 0.6},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -179,7 +180,7 @@ def test_act_agrees_with_graves_equations_token_by_token():
     model, tokens = build(max_depth=6), text(rows=4, length=60)
     probabilities = []
     of_states = model.halting_probability
-    model.halting_probability = lambda h: probabilities.append(of_states(h)) or probabilities[-1]
+    model.halting_probability = lambda *states: probabilities.append(of_states(*states)) or probabilities[-1]
     out = model(tokens)  # with gradients: evaluation may stop early, training runs every step
     p = torch.stack(probabilities)
     assert len(set(out.depth.flatten().tolist())) >= 4  # the check sees several depths
@@ -212,6 +213,18 @@ def test_every_forced_depth_takes_exactly_that_many_steps(changes):
     for wrong in (0, model.config.max_depth + 1):
         with pytest.raises(ValueError, match=f"depth must lie in 1..{model.config.max_depth}, not {wrong}"):
             model(tokens, depth=wrong)
+
+
+@torch.no_grad()
+def test_stable_states_halt_with_their_newest_state():
+    tokens, fixed = text(), build(halting="fixed")
+    for tolerance, depth in ((0.0, 5), (9.0, 1)):
+        out = build(halting="stability", tolerance=tolerance)(tokens)
+        assert (out.depth == depth).all()
+        torch.testing.assert_close(out.logits, fixed(tokens, depth=depth).logits, atol=1e-5, rtol=0)
+    out = build(halting="stability", tolerance=0.6)(tokens)
+    assert len(out.depth.unique()) > 1  # the check sees several depths
+    assert torch.equal(out.weights, torch.nn.functional.one_hot(out.depth - 1, 5).movedim(-1, 0).float())
 
 
 def test_the_ponder_cost_has_gradient_through_the_remainder():

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -337,6 +338,22 @@ def test_learning_rate_and_memory_schedules():
     assert [train.memory_length(x, [(0.0, 512), (0.5, 1024)]) for x in (0, 0.49, 0.5, 0.99)] == [512, 512, 1024, 1024]
 
 
+def test_drawn_depths_have_their_mean():
+    random = np.random.default_rng(1)
+    drawn = [train.draw_depth(4.0, 100, random) for _ in range(4000)]
+    assert min(drawn) >= 1 and np.mean(drawn) == pytest.approx(4, abs=0.15) and np.std(drawn) > 1.5
+    assert {train.draw_depth(4.0, 6, random) for _ in range(300)} == set(range(1, 7))
+    assert {train.draw_depth(1.0, 6, random) for _ in range(30)} == {1}
+
+
+def test_a_drawn_depth_is_that_of_all_tokens(workplace, monkeypatch):
+    assert run(monkeypatch, "--train.sampled_depth=2", "--train.target_depth=0", "--model.halting=stability") == 0
+    lines = curve(workplace / "run")
+    depths = [line["depth"] for line in lines if line["event"] == "train"]
+    assert set(depths) <= {1, 2, 3} and len(set(depths)) > 1
+    assert 1 <= lines[-1]["macro"]["depth"] <= 3
+
+
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = RecurrentTransformer(config.load(ROOT / "configs/demo.toml", train.Config).model)
     optimizers = train.build_optimizers(model, train.OptimConfig())
@@ -383,7 +400,8 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ('--train.fp8_gemms=["forwards"]', "'fp8_gemms' has 'forwards'; known are forward, input_grad, weight_grad"),
         ("--train.micro_batch=3", "must be a multiple of 'train.micro_batch' 3"),
         ("--train.target_depth=9", "must lie in 1..3"),
-        ("--model.halting=fixed", "cannot be steered"),
+        ("--train.sampled_depth=2", "'train.target_depth' needs 'model.halting = act' and no 'train.sampled_depth'"),
+        ("--model.halting=fixed", "needs 'model.halting = act'"),
         ("--eval.depths=[4]", "depths are 1..3"),
         ("--eval.tokens=1", "'tokens' at least 2"),
         ("--optim.lr=0", "must be above 0"),
@@ -407,7 +425,10 @@ def test_a_missing_config_names_the_nearest(monkeypatch, capsys):
     assert "did you mean 'configs/demo.toml'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("configs/*.toml"), *ROOT.glob("configs/yardstick/*.toml")]), ids=lambda path: path.stem)
+RUNS = [path for path in sorted(ROOT.glob("configs/**/*.toml")) if path.parent.name != "data"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_in_the_repository_is_valid(path):
     stage = next((stage for stage in ("sft", "dpo") if stage in path.stem), "pretrain")
     assert config.load(path, train.Config).stage == stage
