@@ -1,25 +1,33 @@
-"""Continue a prompt with a trained model; the text streams to stdout, everything else goes to stderr.
+"""Talk to a trained model, or let it continue a text; the text streams to stdout, everything else goes to stderr.
 
-    python sample.py "Once upon a time"                     the newest checkpoint under runs/
-    python sample.py "def main(" --show_depth --seed 1      every token coloured by the steps it took
+    python sample.py "What is the capital of France?"       the newest checkpoint under runs/
+    python sample.py                                        a conversation, or a prompt loop
+    MODEL=base python sample.py "Once upon a time"          base, sft or dpo, or a path
     cat story.txt | python sample.py --temperature 0        a prompt from a pipe, the most likely continuation
-    python sample.py --checkpoint runs/demo                 a prompt loop
+    python sample.py "def main(" --show_depth --seed 1      every token coloured by the steps it took
+    python sample.py "Hello" --json                         text, depths and speed as one JSON object
+    python sample.py --checkpoint runs/sft --export sft.safetensors
 
-stdout gets the continuation alone, without the prompt. Every prompt opens a document of its own.
+A model of the stages sft and dpo answers: the prompt is a user turn (chat.py). A base model continues the prompt, which
+opens a document of its own; --raw makes the others do so too. stdout gets the new text alone.
 """
 
 import argparse
 import codecs
+import json
 import math
 import os
 import sys
 import time
-from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 import checkpoint
 import data
+import repl
+from decoding import Session, Stops
 from model import pick_device, pick_dtype
 
 # ANSI 256-colour backgrounds from shallow to deep, light enough for black text.
@@ -30,53 +38,23 @@ class InputError(ValueError):
     """Something on the command line or in a named file cannot be used; the message has the value and the remedy."""
 
 
-# -------------------------------------------------------------------------------------------------- decoding
+class Answer(NamedTuple):
+    """text: of all tokens up to a stop string. depths: the steps that the prediction of each token took. stop: what
+    ended it, "end" (<|endoftext|>), "length", "string" or "interrupted". seconds: the time it took."""
 
+    text: str
+    depths: list
+    stop: str
+    seconds: float
 
-@torch.no_grad()
-def generate(
-    model, tokens, max_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None, memory_length=512, segment=512,
-    depth=None,
-):  # fmt: skip
-    """Continue `tokens`, a list of at least one id; yields (token, depth) until <|endoftext|> or `max_tokens`.
+    @property
+    def mean_depth(self):
+        return sum(self.depths) / len(self.depths) if self.depths else None
 
-    The prompt is read in segments, then one token at a time; `memory_length` tokens of memory roll along, so that the
-    text may grow for ever. depth of a yielded token: the steps its prediction took. The argument `depth` forces it.
-    temperature, top_k, top_p, generator: see `sample_token`. Raises ValueError for a depth outside 1..N.
-    """
-    memory = model.new_memory(1, min(memory_length, len(tokens) + max_tokens))  # more would never be filled
-    unread = torch.tensor([tokens]).split(segment, dim=1)
-    for _ in range(max_tokens):
-        for part in unread:
-            out = model(part, memory=memory, depth=depth)
-            memory = out.memory
-        token = sample_token(out.logits[0, -1, : model.config.vocab_size], temperature, top_k, top_p, generator)
-        if token == data.EOT:
-            return
-        yield token, int(out.depth[0, -1])
-        unread = [torch.tensor([[token]])]
-
-
-def sample_token(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
-    """Draw a token id from logits (V,); temperature 0 takes the most likely one."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = truncate(logits, temperature, top_k, top_p)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def truncate(logits, temperature=1.0, top_k=None, top_p=1.0):
-    """Probabilities (V,) float64 of logits (V,) / temperature: of the `top_k` most likely tokens, and of these the
-    smallest set that holds the share `top_p` of their probability (Holtzman et al. 2020, arXiv 1904.09751)."""
-    logits = logits.double()  # float32 sums of 50 000 terms decide wrongly near top_p
-    probabilities = ((logits - logits.max()) / temperature).softmax(-1)
-    if top_k is None and top_p == 1:
-        return probabilities
-    ordered, index = probabilities.topk(min(top_k or len(logits), len(logits)))
-    if top_p < 1:
-        before = ordered.cumsum(-1) - ordered
-        ordered[before >= top_p * ordered.sum()] = 0
-    return torch.zeros_like(probabilities).scatter_(-1, index, ordered / ordered.sum())
+    @property
+    def speed(self):
+        """Tokens a second."""
+        return len(self.depths) / self.seconds
 
 
 def paint(text, depth, max_depth):
@@ -91,7 +69,9 @@ def paint(text, depth, max_depth):
 def add_model_options(parser):
     """The options that `load_model` and forced depth need, shared with eval_depth.py."""
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", metavar="PATH", help="a checkpoint or run folder (default: newest under runs/)")
+    group.add_argument("--checkpoint", metavar="PATH",
+                       help="a checkpoint or run folder, an exported file, or base, sft, dpo: the newest of that stage "
+                       "(default: $MODEL, else the newest under runs/)")  # fmt: skip
     group.add_argument("--depth", type=int, metavar="K", help="force K steps a token (default: the model decides)")
     group.add_argument("--memory", type=int, metavar="M", help="tokens of memory (default: as last trained)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)")
@@ -122,51 +102,89 @@ def load_model(args):
 
 
 def check(args):
-    """Raises `InputError` for the first sampling option that is out of its range."""
+    """Raises `InputError` for the first option that is out of its range or does not go with another one."""
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature} must be a number from 0 (greedy) up")
     if args.top_k is not None and args.top_k < 1:
         raise InputError(f"--top_k {args.top_k} must be at least 1; leave it out to allow every token")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top_p {args.top_p} must lie above 0 and at most at 1, which allows every token")
+    if not 0 < args.repetition_penalty < math.inf:
+        raise InputError(f"--repetition_penalty {args.repetition_penalty} must be a number above 0; 1 changes nothing")
     if args.max_tokens < 1:
         raise InputError(f"--max_tokens {args.max_tokens} must be at least 1")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed} must be a whole number from 0 to 2**63 - 1")
+    if "" in args.stop:
+        raise InputError("--stop '' is empty; every text contains it. Leave it out")
+    if args.json and args.show_depth:
+        raise InputError("--json has the depth of every token in 'depths'; leave --show_depth out")
+    if args.raw and args.system is not None:
+        raise InputError("--raw continues a text, which has no --system; leave one of them out")
+    if args.export and args.prompt is not None:
+        raise InputError(f"--export {args.export} writes a file and takes no prompt; leave one of them out")
 
 
-def answer(model, meta, prompt, args, generator):
-    """Stream the continuation of `prompt` to stdout, statistics to stderr. Returns whether Ctrl-C ended it.
+def answer(args, generator, max_depth, session):
+    """Stream the continuation of what `session` was fed to stdout, unless it goes into JSON, and statistics to stderr.
+    Ctrl-C ends it. Returns the `Answer`. Raises `DataError`."""
+    tokenizer, decoder = data.load_tokenizer(), codecs.getincrementaldecoder("utf-8")(errors="replace")
+    stops, depths, texts, stop = Stops(args.stop), [], [], None
 
-    Raises `DataError`.
-    """
-    tokenizer, depths, interrupted = data.load_tokenizer(), [], False
-    N, decoder = model.config.max_depth, codecs.getincrementaldecoder("utf-8")(errors="replace")
-    show = lambda text, depth: paint(text, depth, N) if args.show_depth else text  # noqa: E731
+    def show(pieces):
+        for text, depth in pieces:
+            texts.append(text)
+            if not args.json:
+                print(paint(text, depth, max_depth) if args.show_depth else text, end="", flush=True)
+
     start = time.perf_counter()
-    document, segment = [data.EOT, *tokenizer.encode_ordinary(prompt)], meta["config"]["train"]["segment"]
-    tokens = generate(
-        model, document, args.max_tokens, args.temperature, args.top_k, args.top_p, generator, args.memory, segment,
-        args.depth,
-    )  # fmt: skip
+    tokens = session.stream(
+        args.max_tokens, args.temperature, args.top_k, args.top_p, generator, args.repetition_penalty
+    )
     try:
         for token, depth in tokens:
             depths.append(depth)
-            text = decoder.decode(tokenizer.decode_single_token_bytes(token))
-            print(show(text, depth), end="", flush=True)
+            show(stops.push(decoder.decode(tokenizer.decode_single_token_bytes(token)), depth))
+            if stops.found:
+                break
     except KeyboardInterrupt:
-        interrupted = True
+        stop = "interrupted"
     seconds = time.perf_counter() - start
-    print(show(decoder.decode(b"", final=True), depths[-1] if depths else 1))
-    mean = f"{sum(depths) / len(depths):.2f}" if depths else "n/a"
-    print(f"{len(depths)} tokens, {len(depths) / seconds:.1f} tokens/s, mean depth {mean}", file=sys.stderr)
-    return interrupted
+    if not stops.found:
+        half = decoder.decode(b"", final=True)  # of a character
+        show([*stops.push(half, depths[-1] if depths else 1), *stops.rest()])
+    stop = stop or ("string" if stops.found else "length" if len(depths) == args.max_tokens else "end")
+    made = Answer("".join(texts), depths, stop, seconds)
+    if not args.json:
+        print()
+        mean = "n/a" if made.mean_depth is None else f"{made.mean_depth:.2f}"
+        print(f"{len(depths)} tokens, {made.speed:.1f} tokens/s, mean depth {mean}", file=sys.stderr)
+    return made
+
+
+def report(prompt, made, path):
+    """An `Answer` to a prompt as the one JSON object of --json."""
+    return json.dumps({
+        "prompt": prompt, "text": made.text, "tokens": len(made.depths), "mean_depth": made.mean_depth,
+        "depths": made.depths, "stop": made.stop, "tokens_per_second": made.speed, "checkpoint": str(path),
+    })  # fmt: skip
 
 
 def run(args):
-    """Load the model and answer the prompt, or prompts until an empty line. Returns the exit code."""
+    """Export the model, answer the prompt, or hold a conversation. Returns the exit code."""
     check(args)
-    model, meta, _ = load_model(args)
+    if args.export:
+        path = checkpoint.find(args.checkpoint)
+        meta = checkpoint.export(path, args.export)
+        print(f"{args.export}: {path}, stage {checkpoint.stage(meta)}, step {meta['step']}", file=sys.stderr)
+        return 0
+    interactive = args.prompt is None and sys.stdin.isatty()
+    if args.json and interactive:
+        raise InputError("--json needs a prompt: as an argument or through a pipe")
+    model, meta, path = load_model(args)
+    chats = checkpoint.stage(meta) != "pretrain" and not args.raw
+    if args.system is not None and not chats:
+        raise InputError(f"--system: {path} is a base model, which only continues text; name one of stage sft or dpo")
     generator = torch.Generator(model.embedding.weight.device)
     if args.seed is None:
         generator.seed()
@@ -176,37 +194,42 @@ def run(args):
         N = model.config.max_depth
         print("depth", *(paint(f" {depth} ", depth, N) for depth in range(1, N + 1)), file=sys.stderr)
 
-    prompt, interactive = args.prompt, args.prompt is None and sys.stdin.isatty()
-    if prompt == "-" or (prompt is None and not interactive):
+    def session(room=args.memory):
+        return Session(model, min(args.memory, room), meta["config"]["train"]["segment"], args.depth)
+
+    respond = partial(answer, args, generator, model.config.max_depth)
+    talk = repl.Chat(args, session, respond) if chats else repl.Texts(session, respond, args.max_tokens)
+    if interactive:
+        talk.loop()
+        return 0
+    prompt = args.prompt
+    if prompt in (None, "-"):
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")  # the one that `echo` adds
         except UnicodeDecodeError as error:
             raise InputError(f"stdin: byte {error.start} is not UTF-8; convert the prompt to UTF-8") from None
-    if not interactive:
-        return 130 if answer(model, meta, prompt, args, generator) else 0
-
-    with suppress(ImportError):
-        import readline  # noqa: F401  gives `input` line editing and a history; absent on Windows
-    print("Ctrl-C stops an answer; an empty line or Ctrl-D quits.", file=sys.stderr)
-    while True:
-        try:
-            prompt = input("\n> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
-        if not prompt:
-            return 0
-        answer(model, meta, prompt, args, generator)
+    made = talk.say(prompt)
+    if args.json:
+        print(report(prompt, made, path))
+    return 130 if made.stop == "interrupted" else 0
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", nargs="?", help="text to continue; - or a pipe: read stdin; none: a prompt loop")
+    parser.add_argument("prompt", nargs="?", help="- or a pipe: read stdin; none: a conversation, or a prompt loop")
+    parser.add_argument("--system", metavar="TEXT", help="instructions that open the conversation")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt, also with a model that answers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.add_argument("--export", metavar="FILE", help="write the model as FILE.safetensors, and nothing else")
     parser.add_argument("--max_tokens", type=int, default=256, help="end after so many tokens (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default: 0.8)")
     parser.add_argument("--top_k", type=int, help="draw from the K most likely tokens only")
     parser.add_argument("--top_p", type=float, default=1.0,
                         help="draw from the smallest set of this probability (default: 1, every token)")  # fmt: skip
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X",
+                        help="above 1: make tokens that occurred already less likely (default: 1)")  # fmt: skip
+    parser.add_argument("--stop", action="append", default=[], metavar="STRING",
+                        help="end before this text; may be given several times")  # fmt: skip
     parser.add_argument("--seed", type=int, help="for the same text every time")
     parser.add_argument("--show_depth", action="store_true", help="colour every token by the steps its prediction took")
     add_model_options(parser)

@@ -15,6 +15,7 @@ its data; `depth`, the steps of every token in training, or None; `names` of its
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -290,6 +291,13 @@ class DPO(Stage):
 
 
 STAGES = {"pretrain": Pretrain, "sft": SFT, "dpo": DPO}
+
+
+def draw_depth(mean, most, random, sigma=0.5):
+    """A depth in 1..most, one more than a Poisson variable whose rate is log-normal (Geiping et al. 2025, arXiv
+    2502.05171, section 3.3); before the cut at `most` its mean is `mean`."""
+    rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma)
+    return min(1 + int(random.poisson(rate)), most)
 
 
 def fingerprint(model):

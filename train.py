@@ -35,7 +35,7 @@ import kernels
 from config import ConfigError
 from model import ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
 from optim import OptimConfig, build_optimizers, learning_rate
-from stages import STAGES, DataConfig, DPOConfig, EvalConfig
+from stages import STAGES, DataConfig, DPOConfig, EvalConfig, draw_depth
 
 FP8_GEMMS = ("forward", "input_grad", "weight_grad")
 
@@ -168,13 +168,6 @@ PEAK_TFLOPS = {
 def memory_length(progress, curriculum):
     """The Transformer-XL memory at `progress` (0..1) of training."""
     return [length for start, length in curriculum if start <= progress][-1]
-
-
-def draw_depth(mean, most, random, sigma=0.5):
-    """A depth in 1..most, one more than a Poisson variable whose rate is log-normal (Geiping et al. 2025, arXiv
-    2502.05171, section 3.3); before the cut at `most` its mean is `mean`."""
-    rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma)
-    return min(1 + int(random.poisson(rate)), most)
 
 
 class Trainer:

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there: what is written, found, refused and deleted."""
 
+import json
 import os
 import re
 import shutil
@@ -124,6 +125,7 @@ def test_find_by_run_checkpoints_or_checkpoint(tmp_path, monkeypatch):
 
 def test_find_the_newest_of_all_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MODEL", raising=False)
     with pytest.raises(CheckpointError, match="no checkpoint under runs/; train one first"):
         checkpoint.find()
     for time, run, step in ((100, "a", 5), (300, "b", 1), (200, "b", 2)):
@@ -137,6 +139,33 @@ def test_find_refuses_what_is_no_checkpoint(tmp_path):
         checkpoint.find(tmp_path / "run")
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         checkpoint.find(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="nowhere.safetensors: no such file"):
+        checkpoint.find(tmp_path / "nowhere.safetensors")
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(CheckpointError, match="model.pt: not a model; name a run folder or a file written by"):
+        checkpoint.find(tmp_path / "model.pt")
+
+
+def test_find_by_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [(100, "old", {}), (200, "a", {"stage": "pretrain"}), (300, "b", {"stage": "sft"}), (400, "c", {})]
+    for time, run, config in runs:
+        path = checkpoint.begin(tmp_path / "runs" / run / "checkpoints", 1)
+        checkpoint.write_tensors(path, "model", TENSORS)
+        os.utime(checkpoint.finish(path, {"config": config}), (time, time))
+    folder = lambda name: tmp_path / "runs" / name / "checkpoints" / "step_00000001"  # noqa: E731
+    assert [checkpoint.find(name) for name in ("base", "sft")] == [folder("c"), folder("b")]
+    with pytest.raises(CheckpointError, match="no model 'dpo': neither dpo.safetensors here nor a run of"):
+        checkpoint.find("dpo")
+    for named, found in (("base", "c"), ("sft", "b"), ("runs/a", "a"), ("", "c")):
+        monkeypatch.setenv("MODEL", named)
+        assert checkpoint.find() == folder(found)
+        assert checkpoint.find("runs/old") == folder("old")  # what is asked for comes first
+    (tmp_path / "base.safetensors").touch()
+    assert str(checkpoint.find("base")) == "base.safetensors"
+    (folder("c") / "meta.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="c/checkpoints/step_00000001/meta.json: damaged"):
+        checkpoint.find("sft")
 
 
 # -------------------------------------------------------------------------------------------------- models
@@ -168,3 +197,55 @@ def test_a_model_of_other_code_is_refused(tmp_path, write_run):
     checkpoint.finish(path, {"config": {"model": {"widht": 32}}})
     with pytest.raises(CheckpointError, match="step_00000008: unknown key 'widht' .* another version"):
         checkpoint.load_model(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- exported files
+
+
+def test_an_exported_model_is_read_back(run_folder, tmp_path):
+    file = tmp_path / "base.safetensors"
+    for source in (run_folder, file):  # over itself the second time
+        kept = checkpoint.export(source, file)
+        assert checkpoint.find(file) == file and [path.name for path in tmp_path.iterdir()] == [file.name]
+        model, meta = checkpoint.load_model(file)
+        own, full = checkpoint.load_model(run_folder)
+        assert meta == kept == {key: full[key] for key in ("config", "step", "memory")}
+        weights = own.state_dict()
+        assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert file.stat().st_mode == (checkpoint.find(run_folder) / "model.safetensors").stat().st_mode
+
+
+def test_an_export_is_whole_or_not_there(run_folder, tmp_path, monkeypatch):
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise checkpoint.safetensors.SafetensorError("No space left on device")
+
+    file = tmp_path / "base.safetensors"
+    file.write_bytes(b"before")
+    monkeypatch.setattr(checkpoint, "save_file", broken)
+    with pytest.raises(CheckpointError, match="base.safetensors: cannot be written .No space left"):
+        checkpoint.export(run_folder, file)
+    assert file.read_bytes() == b"before" and list(tmp_path.iterdir()) == [file]
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="no/base.safetensors: cannot be written"):
+        checkpoint.export(run_folder, tmp_path / "no" / "base.safetensors")
+    with pytest.raises(CheckpointError, match="base.bin: the name of an exported model must end in .safetensors"):
+        checkpoint.export(run_folder, tmp_path / "base.bin")
+
+
+def test_a_damaged_or_foreign_file_is_refused(run_folder, tmp_path):
+    file = tmp_path / "base.safetensors"
+    checkpoint.export(run_folder, file)
+    whole = file.read_bytes()
+    for raw in (b"", whole[:7], whole[:500], whole[: len(whole) // 2], whole[:-1], whole + b"\0", b"\xff" + whole[1:]):
+        file.write_bytes(raw)
+        with pytest.raises(CheckpointError, match="base.safetensors: damaged .*; copy or export it again"):
+            checkpoint.load_model(file)
+    metas = [None, "", "[]", "{}", '{"config": {}}', '{"config": {"model": {}, "train": {}}}']
+    for meta in metas:
+        checkpoint.save_file(TENSORS, file, None if meta is None else {"meta": meta})
+        with pytest.raises(CheckpointError, match="base.safetensors: not a model of ours"):
+            checkpoint.load_model(file)
+    checkpoint.save_file(TENSORS, file, {"meta": json.dumps(checkpoint.read_meta(checkpoint.find(run_folder)))})
+    with pytest.raises(CheckpointError, match="base.safetensors: another architecture: 'a' is"):
+        checkpoint.load_model(file)

@@ -15,6 +15,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 import data
+import decoding
 import evaluate
 import sample
 import zeroshot
@@ -73,7 +74,7 @@ def test_loglikelihood_is_that_of_a_direct_forward(model, batch_tokens, segment,
 
 
 def test_greedy_is_seen(model):
-    text, answer = "The cat sat on the", next(sample.generate(model, [EOT, *encode("The cat")], 1, temperature=0))[0]
+    text, answer = "The cat sat on the", next(decoding.generate(model, [EOT, *encode("The cat")], 1, temperature=0))[0]
     word = data.load_tokenizer().decode([answer])
     harness = zeroshot.Harness(model, 64, 64)
     ((_, yes),) = harness.loglikelihood(instances("loglikelihood", ("The cat", word)))
@@ -97,7 +98,7 @@ def test_answers_are_those_of_sample(model, segment, batch_tokens):
     found = harness.generate_until(instances("generate_until", *[(context, until) for context in contexts]))
     steps = []
     for context, answer in zip(contexts, found):
-        drawn = [*sample.generate(model, [EOT, *encode(context)], 12, temperature=0)]
+        drawn = [*decoding.generate(model, [EOT, *encode(context)], 12, temperature=0)]
         assert answer == data.load_tokenizer().decode([token for token, _ in drawn])
         steps += [depth for _, depth in drawn]
     assert harness.depths[None] == [sum(steps), len(steps)]
@@ -107,7 +108,7 @@ def test_answers_end_at_stop_strings_and_limits(model):
     harness = zeroshot.Harness(model, 64, 64)
     ask = lambda **settings: harness.generate_until(instances("generate_until", ("The cat", settings)))[0]  # noqa: E731
     whole = ask(until=[], max_gen_toks=8)
-    drawn = [token for token, _ in sample.generate(model, [EOT, *encode("The cat")], 8, temperature=0)]
+    drawn = [token for token, _ in decoding.generate(model, [EOT, *encode("The cat")], 8, temperature=0)]
     assert whole == data.load_tokenizer().decode(drawn)
     assert ask(until=[], max_gen_toks=3) == data.load_tokenizer().decode(drawn[:3])
     middle = whole[len(whole) // 2 :]
