@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -73,6 +74,9 @@ def add_model_options(parser):
                        help="a checkpoint or run folder, an exported file, or base, sft, dpo: the newest of that stage "
                        "(default: $MODEL, else the newest under runs/)")  # fmt: skip
     group.add_argument("--depth", type=int, metavar="K", help="force K steps a token (default: the model decides)")
+    group.add_argument("--tolerance", type=float, metavar="X",
+                       help="of a model without a halting head: a token halts when a step changes its normalised state "
+                       "by less than X (RMS), 0.1 for example")  # fmt: skip
     group.add_argument("--memory", type=int, metavar="M", help="tokens of memory (default: as last trained)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
@@ -96,6 +100,13 @@ def load_model(args):
         print(f"checkpoint {path}", file=sys.stderr)
     if args.depth is not None and not 1 <= args.depth <= model.config.max_depth:
         raise InputError(f"--depth {args.depth} is outside 1..{model.config.max_depth}, the depths of this model")
+    if args.tolerance is not None:
+        if model.config.halting == "act":
+            raise InputError(f"--tolerance {args.tolerance} is for models without a halting head, and this one has one")
+        try:
+            model.config = replace(model.config, halting="stability", tolerance=args.tolerance)
+        except ValueError as error:
+            raise InputError(f"--tolerance: {error}") from None
     if args.memory is None:
         args.memory = meta["memory"]
     return model, meta, path

@@ -249,6 +249,16 @@ def test_the_wall_is_the_best_memory_with_a_longer_one(loss, wall, run_folder, t
     assert ("none up to 64" if wall is None else "wall, tale: 32") in out
 
 
+def test_a_tolerance_makes_tokens_of_a_fixed_model_halt(tmp_path, write_run, texts, capsys):
+    write_run(tmp_path, halting="fixed")
+    depths = []
+    for tolerance in (0, 0.7, 9):
+        argv = ["--data", texts, "--tolerance", tolerance, "--json", tmp_path / "t.json", "--device", "cpu"]
+        assert run(capsys, "perplexity", tmp_path, *argv)[0] == 0
+        depths.append(json.loads((tmp_path / "t.json").read_text())["rows"][0]["macro"]["depth"])
+    assert depths[0] == 4 > depths[1] > depths[2] == 1
+
+
 def test_bad_input_is_one_line(run_folder, texts, tmp_path, capsys, monkeypatch):
     cases = [
         (["perplexity", tmp_path / "no"], "no such folder"),
