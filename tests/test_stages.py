@@ -17,7 +17,7 @@ import config
 import prepare_chat
 import stages
 import train
-from runs import assert_same_run, curve, launch
+from launching import assert_same_run, curve, launch
 
 CONFIGS = {
     "sft": """

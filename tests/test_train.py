@@ -15,8 +15,8 @@ import checkpoint
 import config
 import prepare_data
 import train
+from launching import ROOT, assert_same_run, curve, launch
 from model import RecurrentTransformer
-from runs import ROOT, assert_same_run, curve, launch
 from sources import Source
 
 STEPS = 12
