@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
-import pty
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -363,43 +360,6 @@ def test_an_outgrown_memory_is_told_once(talk, capsys):
     for _ in range(4):
         talk.say("Tell me more about it")
     assert capsys.readouterr().err.count("outgrown the memory of 40 tokens") == 1
-
-
-def test_a_terminal(chat_folder):
-    """At a real terminal an endless answer streams, Ctrl-C stops it, and the conversation goes on."""
-    argv = [sys.executable, sample.__file__, "--checkpoint", str(chat_folder), "--temperature", "0", *ON_CPU]
-    # the first terminal that the leader of a session opens is the one whose Ctrl-C it gets
-    launch = "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", launch, *argv, "--max_tokens", str(10**9)], stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True, env=os.environ | {"PYTHONUTF8": "1", "TERM": "dumb"},
-    )  # fmt: skip
-    os.close(theirs)
-    seen = b""
-
-    def until(text):
-        nonlocal seen
-        while text not in seen:
-            seen += os.read(ours, 4096)
-        before, _, seen = seen.partition(text)
-        return before
-
-    try:
-        for question in ("Grüße 🤖", "And then?"):
-            until(b"> ")
-            os.write(ours, f"{question}\n".encode())
-            assert until(b"\r\n").decode() == question  # the echo
-            seen = os.read(ours, 4096)  # the answer has begun
-            os.write(ours, b"\x03")
-            until(b"mean depth")
-        until(b"> ")
-        os.write(ours, b"/quit\n")
-        assert process.wait() == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
 
 
 # -------------------------------------------------------------------------------------------------- errors
