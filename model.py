@@ -18,7 +18,7 @@ Shapes: B batch, T segment length, M memory length, N maximum depth, D width, H 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal
 
@@ -155,17 +155,23 @@ class Block(nn.Module):
         scales of this use of the block). recompute: gate and up of the SwiGLU, in the backward pass. frozen: this
         segment's (keys, values) at the step before, kept where `active` (B, T) is false. Returns x and the (keys,
         values)."""
-        attn_in, attn_out, mlp_in, mlp_out = (1, 1, 1, 1) if gains is None else gains.to(x.dtype)
-        qkv = fp8.linear(norm(x) * attn_in, self.w_qkv, *gemms, site=0)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
+        gains = (1, 1, 1, 1) if gains is None else gains.to(x.dtype)
+        q, k, v = self.project(x, gains, rope, gemms)
         if frozen is not None:
             k, v = (torch.where(active[..., None, None], new, old) for new, old in zip((k, v), frozen))
-        attended = spans.attend(q, k, v, past).flatten(-2)
-        x = x + attn_out * fp8.linear(attended, self.w_output, *gemms, site=1)
+        return self.finish(x, spans.attend(q, k, v, past), gains, gemms, recompute), (k, v)
+
+    def project(self, x, gains, rope, gemms=()):
+        """Queries, keys and values (..., H, d) of x (..., D), the first two rotated."""
+        qkv = fp8.linear(norm(x) * gains[0], self.w_qkv, *gemms, site=0)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return rotate(norm(q), rope), rotate(norm(k), rope), v
+
+    def finish(self, x, attended, gains, gemms=(), recompute=False):
+        """x (..., D) after the two branches; attended: (..., H, d)."""
+        x = x + gains[1] * fp8.linear(attended.flatten(-2), self.w_output, *gemms, site=1)
         mlp = partial(checkpoint, fp8.mlp, use_reentrant=False) if recompute else fp8.mlp
-        x = x + mlp_out * mlp(norm(x) * mlp_in, self.w_gate_up, self.w_down, *gemms)
-        return x, (k, v)
+        return x + gains[3] * mlp(norm(x) * gains[2], self.w_gate_up, self.w_down, *gemms)
 
 
 def rotate(x, rope):
@@ -198,6 +204,7 @@ class RecurrentTransformer(nn.Module):
         self.w_head = fp8.Weight(self.embedding.weight)
         self.gemms, self.scales = fp8.BF16, None  # of training; without gradients every GEMM is in compute_dtype
         self.compiled, self.recompute = False, "none"
+        self.packing = 64  # without gradient, halted tokens are left out, and the rest is a multiple of this; 0: never
         self.halting = nn.Linear(D, 1) if config.halting == "act" else None
         self.init_weights()
 
@@ -276,7 +283,7 @@ class RecurrentTransformer(nn.Module):
         if adaptive or self.halting is not None:
             state = ActState.start(tokens, h)
             kvs = [tuple(torch.zeros_like(h).unflatten(-1, (self.config.heads, -1)) for _ in "kv") for _ in range(R)]
-        shares = []  # w_n
+        shares, index = [], None  # w_n; the active tokens, where they are few
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
         thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
         thresholds[-1:].fill_(-math.inf)  # a number assigned would wait for the device
@@ -289,13 +296,18 @@ class RecurrentTransformer(nn.Module):
             arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms[use : use + R], kvs, state
             if training and self.recompute == "step":
                 h, kvs, state, weight = checkpoint(self.step, *arguments, thresholds[n], use_reentrant=False)
+            elif index is not None:
+                h, kvs, state, weight = self.packed_step(*arguments, thresholds[n], index)
             else:
                 h, kvs, state, weight = self.step(*arguments, thresholds[n])
             shares.append(weight)
             if self.config.memory == "per_step":
                 written.extend(kvs)
-            if adaptive and not torch.is_grad_enabled() and not state.active.any():
-                break
+            if adaptive and not torch.is_grad_enabled():
+                index = state.active.flatten().nonzero()[:, 0]  # here the host waits for the device
+                if not len(index):
+                    break
+                index = self._packed(index, tokens.numel())
         # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;
         # last_step: that is all there is
         written.extend(kvs * ((N - n - 1) if self.config.memory == "per_step" else 1))
@@ -346,11 +358,7 @@ class RecurrentTransformer(nn.Module):
         Returns the new state h (B, T, D), the R blocks' (keys, values), the `ActState` and this step's output weights.
         """
         before = h
-        if self.config.injection == "gain":
-            a, b = inject.to(h.dtype)
-            h = a * norm(h) + b * e
-        elif self.config.injection == "concat_linear":
-            h = fp8.linear(torch.cat([e, h], -1), self.w_inject)
+        h = self.injected(h, e, inject)
         active = None if state is None else state.active
         kvs, recompute = [], self.recompute == "mlp" and torch.is_grad_enabled()
         for r, block in enumerate(blocks):
@@ -361,6 +369,50 @@ class RecurrentTransformer(nn.Module):
             return h, kvs, None, None
         state, weight = state.advance(h, self.halting_probability(h, before), threshold)
         return h, kvs, state, weight
+
+    def packed_step(
+        self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold, index
+    ):  # fmt: skip
+        """`step`, without gradient, of the tokens `index` (P,), counted through the batch; the others have halted. Only
+        attention still has a query for every token: it is a small part, and its kernels want whole segments."""
+        (B, T, _), position = h.shape, index % h.shape[1]
+        rope = tuple(x[position] for x in rope)
+        h, e = h.flatten(0, 1), e.flatten(0, 1)
+        before, kvs = h[index], []
+        x = self.injected(before, e[index], inject)
+        for r, block in enumerate(blocks):
+            own = (1, 1, 1, 1) if gains[r] is None else gains[r].to(x.dtype)
+            q, k, v = block.project(x, own, rope, gemms[r])
+            k, v = (old.flatten(0, 1).index_copy(0, index, new).view_as(old) for new, old in zip((k, v), frozen[r]))
+            q = torch.zeros_like(k).flatten(0, 1).index_copy_(0, index, q).view_as(k)
+            attended = spans.attend(q, k, v, pasts[r]).flatten(0, 1)[index]
+            x = block.finish(x, attended, own, gemms[r])
+            kvs.append((k, v))
+        parts = [getattr(state, field.name).flatten(0, 1) for field in fields(ActState)]
+        own, weight = ActState(*(part[index] for part in parts)).advance(
+            x, self.halting_probability(x, before), threshold
+        )
+        news = [getattr(own, field.name) for field in fields(ActState)]
+        state = ActState(*(old.index_copy(0, index, new).unflatten(0, (B, T)) for old, new in zip(parts, news)))
+        weight = torch.zeros_like(state.remainder).flatten().index_copy_(0, index, weight).view(B, T)
+        return h.index_copy(0, index, x).unflatten(0, (B, T)), kvs, state, weight
+
+    def _packed(self, index, tokens):
+        """index (P,), filled up with its first element to a multiple of `packing`: few shapes, and such as GEMMs like.
+        None where that saves less than an eighth of all `tokens`, or the dense step is compiled."""
+        if self.compiled or not self.packing:
+            return None
+        fill = -len(index) % self.packing
+        return torch.cat([index, index[:1].expand(fill)]) if 8 * (len(index) + fill) <= 7 * tokens else None
+
+    def injected(self, h, e, inject):
+        """The input of the blocks, from states h and inputs e, both (..., D)."""
+        if self.config.injection == "gain":
+            a, b = inject.to(h.dtype)
+            return a * norm(h) + b * e
+        if self.config.injection == "concat_linear":
+            return fp8.linear(torch.cat([e, h], -1), self.w_inject)
+        return h
 
     def halting_probability(self, h, before):
         """p_n of states h (B, T, D), and of those of the step before, as (B, T) float32; 0 or 1 without a head."""

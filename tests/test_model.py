@@ -236,6 +236,33 @@ def test_the_ponder_cost_has_gradient_through_the_remainder():
     assert model.halting.bias.grad < 0
 
 
+@variants
+@pytest.mark.parametrize("slots", ["per_step", "last_step"])
+@torch.no_grad()
+def test_leaving_out_halted_tokens_changes_nothing(changes, slots, monkeypatch):
+    if slots == "last_step" and not changes.get("share", True):
+        pytest.skip("own blocks cannot read each other's keys")
+    model, tokens, packed = build(**changes, memory=slots), text(), []
+    step = model.packed_step
+    monkeypatch.setattr(model, "packed_step", lambda *a: packed.append(len(a[-1])) or step(*a))
+    runs = []
+    for model.packing in (0, 1, 8):
+        memory, outputs = model.new_memory(3, 24), []
+        for part in tokens.split(10, 1):
+            outputs.append(model(part, memory=memory))
+            memory = outputs[-1].memory
+        runs.append((outputs, memory.settle().ring))
+    for outputs, ring in runs[1:]:
+        for here, dense in zip(outputs, runs[0][0]):
+            assert torch.equal(here.depth, dense.depth)
+            torch.testing.assert_close(here.logits, dense.logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(here.ponder, dense.ponder)
+            torch.testing.assert_close(here.weights, dense.weights)
+        for x, y in zip(ring.keys + ring.values, runs[0][1].keys + runs[0][1].values):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+    assert all(n <= 26 for n in packed) and (packed or changes.get("max_depth", 5) == 3 or model.halting is None)
+
+
 def packed(model, tokens):
     """Scoring as a fast engine would do it, token-packed: at every step only the active tokens are computed, one row of
     the batch at a time; a token that has halted is never touched again. An independent reference for one document."""
