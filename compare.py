@@ -1,0 +1,112 @@
+"""Runs side by side, from the summary.json that train.py leaves at the end of each.
+
+    python compare.py runs/yardstick/*                               a table, the best first
+    python compare.py runs/yardstick/* --figure frontier.png         perplexity against mean depth
+    python compare.py runs/yardstick/* --markdown table.md --domains
+
+In the figure a run with a fixed depth is a point of the line to beat; one that chooses its depth is a point of its own,
+and the forced depths it was evaluated at (`eval.depths`) are a thin line: depth as a dial.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+from evaluate import as_text
+from sample import InputError
+
+
+def read(path):
+    """The summary of a run folder of the stage pretrain. Raises `InputError`."""
+    file = path if path.suffix == ".json" else path / "summary.json"
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if run["stage"] != "pretrain" or run["validation"] is None:
+            raise InputError(f"{file}: of the stage {run['stage']}, or without held-out text; nothing to compare")
+        run["validation"]["macro"]["nats"], run["flops"], run["parameters"]
+        return run
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; train.py writes it at the end of a run") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not a summary of train.py ({type(error).__name__}: {error})") from None
+
+
+def table(runs, domains=False):
+    """Header and rows; ratios are of perplexities, to the best run."""
+    names = list(runs[0]["validation"]["domains"]) if domains else []
+    head = ["run", "perplexity", "ratio", "bits/byte", "depth", "M params", "PFLOP", "tokens/s", "seed", "commit"]
+    rows = [[*head, *names]]
+    best = runs[0]["validation"]["macro"]["nats"]
+    for run in runs:
+        macro, of = run["validation"]["macro"], run["validation"]["domains"]
+        rows.append([
+            run["name"], f"{np.exp(macro['nats']):.2f}", f"{np.exp(macro['nats'] - best):.3f}",
+            f"{macro['bits_per_byte']:.4f}", f"{macro['depth']:.2f}", f"{run['parameters'] / 1e6:.1f}",
+            f"{run['executed_flops'] / 1e15:,.1f}", f"{run['tokens_per_second']:,.0f}", str(run["seed"]),
+            run["commit"] or "", *(f"{of[name]['bits_per_byte']:.3f} @ {of[name]['depth']:.1f}" for name in names),
+        ])  # fmt: skip
+    return rows
+
+
+def is_fixed(run):
+    """Whether all tokens of a run take the same number of steps."""
+    return all(part["depth"] == run["validation"]["macro"]["depth"] for part in run["validation"]["domains"].values())
+
+
+def draw(runs, file):
+    """Perplexity against mean depth. Raises `InputError` without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--figure needs matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    _, axis = pyplot.subplots(figsize=(7, 4.5))
+    place = lambda macro: (macro["depth"], np.exp(macro["nats"]))  # noqa: E731
+    fixed = sorted(place(run["validation"]["macro"]) for run in runs if is_fixed(run))
+    if fixed:
+        axis.plot(*zip(*fixed), "ko-", label="fixed depth, a run each")
+    for i, run in enumerate(run for run in runs if not is_fixed(run)):
+        x, y = place(run["validation"]["macro"])
+        axis.plot([x], [y], "o", color=f"C{i % 10}", label=run["name"])
+        if forced := sorted(place(macro) for macro in run["validation"].get("forced", {}).values()):
+            axis.plot(*zip(*forced), "-", color=f"C{i % 10}", linewidth=0.6)
+    axis.set(xlabel="mean depth (steps a token)", ylabel="perplexity, mean over domains", yscale="log")
+    axis.legend(fontsize="small")
+    pyplot.tight_layout()
+    pyplot.savefig(file, dpi=150)
+    pyplot.close()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or their summary.json")
+    parser.add_argument("--domains", action="store_true", help="add bits per byte and mean depth of every domain")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw perplexity against mean depth")
+    args = parser.parse_args(argv)
+    try:
+        runs = sorted(map(read, args.runs), key=lambda run: run["validation"]["macro"]["nats"])
+        of = runs[0]["validation"]["domains"].keys()
+        if odd := [run["name"] for run in runs if run["validation"]["domains"].keys() != of]:
+            raise InputError(f"{odd[0]} and {runs[0]['name']} were evaluated on other domains; compare like with like")
+        rows = table(runs, args.domains)
+        print(as_text(rows))
+        if args.markdown:
+            head, *body = [f"| {' | '.join(row)} |" for row in rows]
+            args.markdown.write_text("\n".join([head, "| :-- |" + " --: |" * (len(rows[0]) - 1), *body]) + "\n")
+        if args.figure:
+            draw(runs, args.figure)
+        return 0
+    except (InputError, checkpoint.CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
