@@ -93,10 +93,14 @@ def finished(tmp_path_factory, write_run):
         raw["domains"] = {"ours": {"sources": [{"files": str(folder / f"{name}.jsonl")}]}}
         prepare_chat.prepare(config.from_dict(raw, prepare_chat.ChatConfig, "test"), workers=1)
     write_run(folder / "base")
-    for stage, text in CONFIGS.items():
-        (folder / f"{stage}.toml").write_text(text)
-        result = launch(folder, f"{stage}.toml")
-        assert result.returncode == 0, result.stderr
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        for stage, text in CONFIGS.items():
+            (folder / f"{stage}.toml").write_text(text)
+            assert run(monkeypatch, stage) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return folder
 
 
@@ -250,7 +254,7 @@ def test_sft_in_fp8_is_nearly_the_same(workplace, finished, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_killed_it_goes_on_bit_for_bit(workplace, finished, stage):
+def test_killed_it_goes_on_bit_for_bit(workplace, finished, monkeypatch, capsys, stage):
     shutil.rmtree(workplace / stage, ignore_errors=True)
     kill = """
 train_step = train.Trainer.train_step
@@ -262,8 +266,7 @@ def killed(self):
 train.Trainer.train_step = killed
 """
     assert launch(workplace, f"{stage}.toml", before=kill).returncode == -signal.SIGKILL
-    again = launch(workplace, f"{stage}.toml")
-    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
+    assert run(monkeypatch, stage) == 0 and "going on from" in capsys.readouterr().out
     assert_same_run(workplace / stage, finished / stage)
 
 
