@@ -36,6 +36,7 @@ import config
 import data
 import fp8
 import kernels
+import optim
 import train
 from config import ConfigError
 from model import RecurrentTransformer, pick_device, pick_dtype
@@ -225,7 +226,7 @@ class Peer:
 
     def build(self):
         torch.manual_seed(1)
-        optim, dtype = self.cfg.optim, pick_dtype("auto", self.device)
+        rates, dtype = self.cfg.optim, pick_dtype("auto", self.device)
         model = RecurrentTransformer(self.config, dtype).to(self.device)
         for name, p in model.named_parameters():
             if name.endswith(("output.weight", "down.weight")):  # not the zeros of the start: GPUs multiply them faster
@@ -233,7 +234,7 @@ class Peer:
         if self.name == "naive":
             weights, model = model.state_dict(), Naive(self.config, dtype).to(self.device)
             model.load_state_dict(weights)
-            settings = dict(lr=optim.adamw_lr, betas=optim.betas, weight_decay=optim.weight_decay)
+            settings = dict(lr=rates.adamw_lr, betas=rates.betas, weight_decay=rates.weight_decay)
             self.optimizers = [torch.optim.AdamW(model.parameters(), **settings)]
         else:
             model.recompute = self.cfg.train.recompute
@@ -242,7 +243,7 @@ class Peer:
             on_cuda = self.device.type == "cuda"
             if on_cuda:
                 model.compile()
-            self.optimizers = train.build_optimizers(model, optim, compiled=on_cuda).values()
+            self.optimizers = optim.build_optimizers(model, rates, compiled=on_cuda).values()
         self.model = model
 
     def turn(self, action, *arguments):
@@ -278,14 +279,16 @@ class Peer:
             out = self.model(tokens, targets, self.memory, spans=spans)
             out.loss.backward()
             norm = nn.utils.get_total_norm([p.grad for p in parameters])
-            self.read(out.memory)
-            if (norm := norm.item()) > limit:
-                nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
+            known = optim.read_later(norm)
+            optim.guard(self.optimizers, norm, norm.isfinite(), limit)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if self.name == "fp8":
             self.model.scales.update()
+        if self.name != "naive":
+            self.read(out.memory)
+            known()
         self.memory = out.memory
         self.context.append(out.context)
         return out.loss.detach()

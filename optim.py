@@ -57,6 +57,29 @@ def build_optimizers(model, optim, compiled=False):
     return optimizers
 
 
+def guard(optimizers, norm, finite, limit):
+    """Make the next step of `optimizers` clip gradients of the total `norm` to `limit`, or change nothing at all unless
+    `finite`, both 0-d tensors. It is decided on the device, by the protocol of `torch.amp.GradScaler`: a host that had
+    to know would wait for the backward pass, and the device then for the host."""
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = (norm / limit).clamp(min=1).float(), (~finite).float()
+
+
+def read_later(tensor):
+    """A function that returns `tensor` as a list. It waits for the device to have made the tensor, not for what the
+    device is given meanwhile."""
+    copy, made = tensor.to("cpu", non_blocking=True), torch.cuda.Event() if tensor.is_cuda else None
+    if made:
+        made.record()
+
+    def read():
+        if made:
+            made.synchronize()
+        return copy.tolist()
+
+    return read
+
+
 def _mark_changed(optimizer, *_):
     """Raise the version counters of the parameters, by which `fp8.Weight` goes: fused and compiled updates do not."""
     for group in optimizer.param_groups:
@@ -67,6 +90,8 @@ class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982), with
     matrices of one shape orthogonalised together and, where `compiled`, in few kernels: one at a time they take 8 % of
     a step of the 110M model in FP8, in which the GPU mostly waits for 250 small launches."""
+
+    grad_scale = found_inf = None  # see `guard`
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, compiled=False):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -84,18 +109,24 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
-                lr = torch.full((), group["lr"], device=params[0].device)  # a number would compile anew at every step
-                self.update(params, [p.grad for p in params], buffers, lr, group["weight_decay"], group["momentum"])
+                one = torch.ones((), device=params[0].device)
+                lr = group["lr"] * one  # a number would compile anew at every step
+                scale = one if self.grad_scale is None else self.grad_scale
+                skip = one < 0 if self.found_inf is None else self.found_inf > 0
+                grads = [p.grad for p in params]
+                self.update(params, grads, buffers, lr, group["weight_decay"], group["momentum"], scale, skip)
 
 
-def _muon_update(params, grads, buffers, lr, weight_decay, momentum):
-    torch._foreach_lerp_(buffers, grads, 1 - momentum)
-    updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov's
+def _muon_update(params, grads, buffers, lr, weight_decay, momentum, grad_scale, skip):
+    grads = torch._foreach_div(grads, grad_scale)
+    moved = torch._foreach_lerp(buffers, grads, 1 - momentum)
+    updates = torch._foreach_lerp(grads, moved, momentum)  # Nesterov's
     flip = [p.shape[0] > p.shape[1] for p in params]
     wide = torch.stack([u.mT.bfloat16() if f else u.bfloat16() for u, f in zip(updates, flip)])
     scale = 0.2 * math.sqrt(max(params[0].shape))  # the size of AdamW's updates
-    for p, f, update in zip(params, flip, orthogonalize(wide)):
-        p.copy_(p * (1 - lr * weight_decay) - lr * scale * (update.mT if f else update).float())
+    for p, buffer, f, new, update in zip(params, buffers, flip, moved, orthogonalize(wide)):
+        p.copy_(torch.where(skip, p, p * (1 - lr * weight_decay) - lr * scale * (update.mT if f else update).float()))
+        buffer.copy_(torch.where(skip, buffer, new))
 
 
 def orthogonalize(x, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):

@@ -34,7 +34,7 @@ import fp8
 import kernels
 from config import ConfigError
 from model import ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
-from optim import OptimConfig, build_optimizers, learning_rate
+from optim import OptimConfig, build_optimizers, guard, learning_rate, read_later
 from stages import STAGES, DataConfig, DPOConfig, EvalConfig, draw_depth
 
 FP8_GEMMS = ("forward", "input_grad", "weight_grad")
@@ -282,24 +282,28 @@ class Trainer:
         sums = torch.cat([sums.flatten(), own])
         if self.world > 1:
             dist.all_reduce(sums)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        finite = sums[-len(own) - 3].isfinite() & grad_norm.isfinite()
+        metrics = read_later(torch.cat([sums, grad_norm[None]]))
+        factor = learning_rate((self.step + 1) / self.steps, self.cfg.optim)
+        guard(self.optimizers.values(), grad_norm, finite, self.cfg.optim.grad_clip)
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * (self.cfg.optim.lr if name == "muon" else self.cfg.optim.adamw_lr)
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.model.scales is not None:
+            if self.world > 1:
+                dist.all_reduce(self.model.scales.probe.grad, dist.ReduceOp.MAX)
+            self.model.scales.update(len(parts))
         last = self.step + 1 == self.steps
         self.batch = None if last else self._read()
-        # From here on the host waits for the device, and the device then for the host: what follows is short.
-        *sums, grad_norm = torch.cat([sums, grad_norm.double()[None]]).tolist()
+        # The host waits for the backward pass here. The device then has the optimizers to do: time for what follows.
+        *sums, grad_norm = metrics()
         of_groups, own = sums[: 3 * groups + 6], sums[3 * groups + 6 :]
         *of_groups, _, (objective, _, _) = zip(*[iter(of_groups)] * 3)
         _, depth, number = map(sum, zip(*of_groups))
-        factor = learning_rate((self.step + 1) / self.steps, self.cfg.optim)
         if math.isfinite(objective) and math.isfinite(grad_norm):
-            if grad_norm > self.cfg.optim.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.optim.grad_clip, torch.tensor(grad_norm))
-            for name, optimizer in self.optimizers.items():
-                base = self.cfg.optim.lr if name == "muon" else self.cfg.optim.adamw_lr
-                for group in optimizer.param_groups:
-                    group["lr"] = factor * base
-                optimizer.step()
             self.bad_in_a_row = 0
         else:
             # What the step wrote into the memory is as bad as its loss: start these rows afresh.
@@ -308,12 +312,6 @@ class Trainer:
                 self.batch = (*self.batch[:-1], [None] * len(parts))
             self.bad_steps += 1
             self.bad_in_a_row += 1
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        if self.model.scales is not None:
-            if self.world > 1:
-                dist.all_reduce(self.model.scales.probe.grad, dist.ReduceOp.MAX)
-            self.model.scales.update(len(parts))
         metrics = stage.metrics(dict(zip(stage.groups, of_groups)), own) | {
             "objective": objective,
             "depth": depth / number,

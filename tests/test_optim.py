@@ -1,5 +1,7 @@
 """Muon against PyTorch's, and the schedule."""
 
+import copy
+
 import pytest
 import torch
 
@@ -53,3 +55,38 @@ def test_every_step_leaves_its_mark_on_the_version_counters():
         before = [p._version for p in parameters]
         optimizer.step()
         assert all(p._version > version for p, version in zip(parameters, before))
+
+
+@pytest.mark.parametrize("limit, clipped", [(1e-2, True), (1e6, False)])
+def test_a_guarded_step_is_one_of_clipped_gradients(limit, clipped):
+    def built():
+        torch.manual_seed(0)
+        config = ModelConfig(width=16, heads=2, hidden=24, max_depth=2, vocab_size=50, document_start=0)
+        model = RecurrentTransformer(config)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        return model, optim.build_optimizers(model, optim.OptimConfig()).values()
+
+    (ours, guarded), (theirs, plain) = built(), built()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit)
+    assert (norm > limit) == clipped
+    optim.guard(guarded, norm, norm.isfinite(), limit)
+    for optimizer in [*guarded, *plain]:
+        optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+    # and a step that is not finite changes neither weights nor what the optimizers remember
+    for p in ours.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    weights = [p.detach().clone() for p in ours.parameters()]
+    states = copy.deepcopy([o.state_dict() for o in guarded])
+    optim.guard(guarded, torch.tensor(torch.nan), torch.tensor(False), limit)
+    for optimizer in guarded:
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(ours.parameters(), weights))
+    for optimizer, before in zip(guarded, states):
+        after = optimizer.state_dict()["state"]
+        assert after.keys() == before["state"].keys()
+        for p in after:
+            assert all(torch.equal(after[p][name], before["state"][p][name]) for name in after[p])
