@@ -179,9 +179,8 @@ def gemm_seconds(gemm, dtype, device, repeats=10, buffers=3):
     turns, lest they be found in the L2 cache, where the step would not find them."""
     _, kind, m, n, k, _ = gemm
     low = dtype == kernels.E4M3  # then the summed dimension is contiguous in both operands
-    a_type = kernels.E5M2 if low and kind != "forward" else dtype
     random = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
-    a = [(random(k, m).t() if kind == "weight" and not low else random(m, k)).to(a_type) for _ in range(buffers)]
+    a = [(random(k, m).t() if kind == "weight" and not low else random(m, k)).to(dtype) for _ in range(buffers)]
     b = [(random(n, k) if kind == "forward" or low else random(k, n).t()).to(dtype) for _ in range(buffers)]
     one = torch.ones((), device=device)
     scales = (one, one, torch.float32 if kind == "weight" else torch.bfloat16) if low else ()

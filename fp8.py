@@ -12,7 +12,7 @@ twice as fast as in bf16; what the GEMM wins, the casts can lose, so this file i
   operands transposed: one read writes both layouts. kernels.py has these, and SwiGLU and its derivative, the widest
   tensors of the model; the rest is left to torch.compile, which fuses the rounding into norms and residuals.
 
-Values use E4M3 (largest 448, 3 bits of mantissa), gradients E5M2 (57344, 2 bits) or E4M3 too. Each of the three GEMMs
+Values and gradients use E4M3 (largest 448, 3 bits of mantissa), or gradients E5M2 (57344, 2 bits). Each of the three GEMMs
 of a layer (forward, gradient of the input, gradient of the weight) can stay in bf16. On a CPU the same code rounds to
 FP8 and multiplies in float32. The residual stream, norms, injection, halting head and loss are never FP8.
 """
@@ -43,12 +43,13 @@ SITES = ("qkv", "output", "gate_up", "down")  # the GEMMs of a block
 
 
 class Gemms(NamedTuple):
-    """Which of a layer's three GEMMs run in FP8, and the FP8 dtype of the gradients of blocks; the head's are E5M2."""
+    """Which of a layer's three GEMMs run in FP8, and the FP8 dtype of the gradients of blocks. The head's are E5M2:
+    the many small probabilities of a softmax need its range."""
 
     forward: bool = False
     input_grad: bool = False
     weight_grad: bool = False
-    gradients: torch.dtype = E5M2
+    gradients: torch.dtype = E4M3
 
 
 BF16, FP8 = Gemms(), Gemms(True, True, True)
@@ -134,9 +135,9 @@ class Scales:
     """
 
     MARGIN = 2.0  # room above the largest value of the last steps; one bit of range, which floating point has to spare
-    START = (64.0, 0.001)  # amax of inputs and gradients before any was seen: for small gradients E5M2 has range enough
+    START = (64.0, 0.001)  # amax of inputs and gradients before any was seen
 
-    def __init__(self, uses, device="cpu", gradients=E5M2, window=16):
+    def __init__(self, uses, device="cpu", gradients=E4M3, window=16):
         columns = lambda pair: torch.tensor(pair, device=device).repeat_interleave(len(SITES))  # noqa: E731
         self.start, self.largest = columns(self.START), columns([LARGEST[E4M3], LARGEST[gradients]])
         self.history = torch.zeros(window, uses, 2 * len(SITES), device=device)  # newest first; zero: nothing seen

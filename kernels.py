@@ -65,7 +65,7 @@ def swiglu_quantize(gate_up, scale):
     return product, amax.amax()
 
 
-def swiglu_gradient_quantize(grad, gate_up, scale, grad_scale, dtype=E5M2):
+def swiglu_gradient_quantize(grad, gate_up, scale, grad_scale, dtype=E4M3):
     """What the backward pass needs, in one read: the gradient of gate_up in `dtype`, as (m, 2 F) and transposed; the
     product of the forward pass in E4M3, transposed, (F, m), recomputed; and the amax of the gradient."""
     if not on_kernels(gate_up):
@@ -96,7 +96,7 @@ def softmax_gradient(logits, lse, targets, weights):
     return weights[:, None] * ((logits.float() - lse[:, None]).exp() - onehot.float())
 
 
-def quantize_transpose(x, scale, dtype=E5M2):
+def quantize_transpose(x, scale, dtype=E4M3):
     """`quantize` of x (m, n) to `dtype`, as (m, n) and transposed, in one read; and its amax."""
     if not on_kernels(x):
         rounded, amax = quantize(x, scale, dtype)

@@ -282,7 +282,9 @@ class RecurrentTransformer(nn.Module):
         e, h = h, h.clone()  # not one tensor under two names, which would be a graph of its own
         if adaptive or self.halting is not None:
             state = ActState.start(tokens, h)
-            kvs = [tuple(torch.zeros_like(h).unflatten(-1, (self.config.heads, -1)) for _ in "kv") for _ in range(R)]
+            shape = (*h.shape[:-1], self.config.heads, -1)
+            none = partial(torch.zeros_like, h, requires_grad=h.requires_grad)  # as later keys and values will
+            kvs = [tuple(none().view(shape) for _ in "kv") for _ in range(R)]
         shares, index = [], None  # w_n; the active tokens, where they are few
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
         thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
@@ -509,8 +511,11 @@ class ActState:
 
     @staticmethod
     def start(tokens, h):
-        one = torch.ones(tokens.shape, device=h.device)
-        return ActState(torch.zeros_like(h, dtype=torch.float32), one, one.bool(), torch.zeros_like(tokens), 0 * one)
+        """Before the first step. In training it requires gradients as it will after: else each step was a new graph."""
+        number = partial(torch.full, tokens.shape, device=h.device, requires_grad=h.requires_grad)
+        out = torch.zeros_like(h, dtype=torch.float32, requires_grad=h.requires_grad)
+        active = torch.ones_like(tokens, dtype=torch.bool)
+        return ActState(out, number(fill_value=1.0), active, torch.zeros_like(tokens), number(fill_value=0.0))
 
     def advance(self, h, p, threshold):
         """The state after a step that gave states h and halting probabilities p (B, T). Returns it and the weights w_n.

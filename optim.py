@@ -118,9 +118,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def _muon_update(params, grads, buffers, lr, weight_decay, momentum, grad_scale, skip):
-    grads = torch._foreach_div(grads, grad_scale)
-    moved = torch._foreach_lerp(buffers, grads, 1 - momentum)
-    updates = torch._foreach_lerp(grads, moved, momentum)  # Nesterov's
+    # No torch._foreach here: with many matrices the compiler (2.11) then fails in its scheduler.
+    grads = [grad / grad_scale for grad in grads]
+    moved = [buffer.lerp(grad, 1 - momentum) for buffer, grad in zip(buffers, grads)]
+    updates = [grad.lerp(buffer, momentum) for buffer, grad in zip(moved, grads)]  # Nesterov's
     flip = [p.shape[0] > p.shape[1] for p in params]
     wide = torch.stack([u.mT.bfloat16() if f else u.bfloat16() for u, f in zip(updates, flip)])
     scale = 0.2 * math.sqrt(max(params[0].shape))  # the size of AdamW's updates

@@ -401,10 +401,11 @@ def write_answers(model, chats, cfg, memory, limit=256, temperature=0.8):
         if len(prompts) < cfg.eval.answers and prompt not in prompts:
             prompts.append(prompt)
     generator = torch.Generator(model.embedding.weight.device).manual_seed(cfg.train.seed)
-    answers = decoding.generate_batch(
-        model, prompts, [limit] * len(prompts), temperature=temperature, generator=generator, memory_length=memory,
-        segment=cfg.train.segment,
-    )  # fmt: skip
+    with torch.compiler.set_stance("force_eager"):  # a graph for every length of prompt would take far longer
+        answers = decoding.generate_batch(
+            model, prompts, [limit] * len(prompts), temperature=temperature, generator=generator, memory_length=memory,
+            segment=cfg.train.segment,
+        )  # fmt: skip
     depths = [depth for answer in answers for depth in answer.depths]
     return {
         "answers": len(answers),

@@ -62,7 +62,7 @@ class TrainConfig:
     # Of activations; auto: bfloat16 on CUDA. fp8: bfloat16 there, and FP8 in the GEMMs of blocks and head (see fp8.py).
     dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     fp8_gemms: list[str] = field(default_factory=lambda: list(FP8_GEMMS))  # those of every layer that are in FP8
-    fp8_gradients: Literal["e5m2", "e4m3"] = "e5m2"  # more range, or more precision
+    fp8_gradients: Literal["e4m3", "e5m2"] = "e4m3"  # more precision, or more range
     # What the backward pass computes again instead of keeping: nothing more than norms and the SwiGLU product; gate and
     # up of the SwiGLU too, half of all memory; or everything inside a recurrence.
     recompute: Literal["none", "mlp", "step"] = "none"

@@ -69,7 +69,7 @@ def test_each_gemm_can_be_in_fp8_or_not(gemms):
 
 
 def test_e4m3_rounds_gradients_less():
-    runs = (None, fp8.FP8, fp8.FP8._replace(gradients=kernels.E4M3))
+    runs = (None, fp8.FP8._replace(gradients=kernels.E5M2), fp8.FP8)
     exact, e5m2, e4m3 = (torch.cat([g.flatten() for g in gradients(gemms)[1].values()]) for gemms in runs)
     assert distance(e4m3, exact) < distance(e5m2, exact) < 0.12
 

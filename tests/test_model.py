@@ -378,3 +378,31 @@ def test_flops_know_shared_weights_and_depth():
 def test_impossible_models_are_refused_with_the_reason(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_one_graph_serves_every_step_and_depth_and_a_memory_length_adds_one(monkeypatch):
+    """Of training: what differs between the first recurrence and the rest must not make graphs of its own."""
+    graphs, original = [], torch.compile
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: original(f, backend=counted, dynamic=dynamic))
+    torch._dynamo.reset()
+    model = build(halting_bias=-1.0)
+    model.compile()
+    tokens = torch.randint(1, V, (2, 17), generator=torch.Generator().manual_seed(0))
+
+    def train(length, depth=None):
+        memory = model.new_memory(2, length)
+        for _ in range(2):
+            out = model(tokens[:, :-1], tokens[:, 1:], memory, depth=depth)
+            out.loss.backward()
+            memory = out.memory
+        return len(graphs)
+
+    first = train(8)
+    assert train(8, depth=3) == train(8, depth=2) == first
+    assert train(24) == first + 1
+    torch._dynamo.reset()
