@@ -141,7 +141,7 @@ def rotate(x, cos, sin):
 
 class Gemm(NamedTuple):
     """A matrix product of the training step, (m, k) @ (k, n), `calls` times. kind: forward, input or weight (gradient);
-    they differ in layout and in the FP8 dtypes of their operands."""
+    they differ in layout."""
 
     name: str
     kind: str

@@ -326,6 +326,8 @@ class RecurrentTransformer(nn.Module):
         else:
             if weights is None:
                 weights = torch.full(tokens.shape, 1 / tokens.numel(), device=device)
+            elif not callable(weights):
+                weights = weights.to(device, non_blocking=True)
             loss, nll = self.loss(out, targets.to(device, non_blocking=True), weights)
         taken = torch.full_like(tokens, steps) if state is None else state.depth
         ponder = taken.float() if state is None else taken + state.remainder_at_halt

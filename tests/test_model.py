@@ -406,3 +406,24 @@ def test_one_graph_serves_every_step_and_depth_and_a_memory_length_adds_one(monk
     assert train(8, depth=3) == train(8, depth=2) == first
     assert train(24) == first + 1
     torch._dynamo.reset()
+
+
+def pair_loss(nll):
+    """As `stages.PairLoss` does it: what it needs of the host goes to where nll is."""
+    return (nll * torch.linspace(0, 1, nll.numel()).view(nll.shape).to(nll.device)).sum().tanh()
+
+
+@pytest.mark.parametrize("weights", [None, torch.full((3, 20), 0.01), pair_loss], ids=["mean", "weights", "function"])
+@pytest.mark.parametrize("halting", ["act", "fixed"])
+def test_batches_stay_on_the_host(weights, halting):
+    """Tokens, targets and weights are handed over there, and the model is elsewhere: on the device without storage,
+    which refuses, as a GPU does, what is on another."""
+    with torch.device("meta"):
+        model = build(halting=halting)
+    tokens = text(length=41)
+    memory = model.new_memory(3, 16)
+    for start in (0, 20):
+        out = model(tokens[:, start : start + 20], tokens[:, start + 1 : start + 21], memory, weights=weights)
+        out.loss.backward()
+        memory = out.memory
+    assert out.nll.is_meta and all(p.grad is not None and p.grad.is_meta for p in model.parameters())
