@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+import kernels
 from kernels import (
     E4M3,
     E5M2,
@@ -180,13 +181,22 @@ class Scales:
 
 @torch.no_grad()
 def self_test(device):
-    """Why FP8 does not work on this device, or None: a GEMM, and every kernel, against their definitions."""
+    """Why FP8 does not work on this device, or None: a GEMM, and every kernel, against their definitions. Where kernels
+    are wrong with PTX in them and right without, they go without."""
     if device.type != "cuda":
         return None  # emulated
     if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         return f"FP8 needs compute capability 8.9, this is {capability[0]}.{capability[1]}"
     if triton is None:
         return "Triton is not installed"
+    for kernels.assembly in (True, False):
+        if (reason := _wrong(device)) is None:
+            return None
+    return reason
+
+
+def _wrong(device):
+    """Which result is wrong, and by how much, or what was raised; None: all are right."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator).to(device) for _ in "ab")
     one, targets = torch.ones((), device=device), torch.arange(256, device=device)

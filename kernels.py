@@ -19,6 +19,7 @@ LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # in tests
+assembly = not INTERPRETED  # whether kernels may use PTX; `fp8.self_test` turns it off where that goes wrong
 
 
 def on_kernels(x):
@@ -113,7 +114,7 @@ def quantize_weight(weight, scale, out, out_t):
         return
     (m, n), block = weight.shape, 64
     grid = (triton.cdiv(m, block), triton.cdiv(n, block))
-    _quantize_weight_kernel[grid](weight, scale, out, out_t, m, n, out_t.stride(0), BLOCK=block)
+    _quantize_weight_kernel[grid](weight, scale, out, out_t, m, n, out_t.stride(0), BLOCK=block, ASSEMBLY=assembly)
 
 
 if triton is not None:
@@ -126,27 +127,94 @@ if triton is not None:
         return row, column, (row < m)[:, None] & (column < n)[None, :]
 
     # Rounding is by hand, to bytes: after the FP8 instruction of sm_90, ptxas 12.8 reads some bytes of a tile that is
-    # transposed before they are computed (Triton 3.6; `self_test` found it).
+    # transposed before they are computed (Triton 3.6; `self_test` found it). It goes by way of float16: E5M2 is its
+    # upper byte; E4M3 is float16(x / 2^8), sign apart, from bit 7 on, its exponents being 8 larger. Half to even,
+    # subnormal numbers too.
 
     @triton.jit
-    def _e5m2(x):
-        """E5M2 is the upper byte of float16: x, within its range, rounded half to even."""
-        bits = x.to(tl.float16).to(tl.uint16, bitcast=True)
+    def _scale(pointer, E4M3: tl.constexpr):
+        """The factor there, and for E4M3 the 2^-8 that `_round` wants."""
+        scale = tl.load(pointer)
+        if E4M3:
+            scale *= 0.00390625
+        return scale
+
+    @triton.jit
+    def _round(x, E4M3: tl.constexpr, ASSEMBLY: tl.constexpr):
+        """To E4M3 (of x * 2^8) or E5M2, saturated, as bytes."""
+        if ASSEMBLY:
+            return tl.inline_asm_elementwise(
+                TO_E4M3 if E4M3 else TO_E5M2, "=r,r,r", [x.to(tl.float16)], dtype=tl.uint8, is_pure=True, pack=4
+            )
+        if E4M3:
+            bits = tl.clamp(x, -1.75, 1.75).to(tl.float16).to(tl.uint16, bitcast=True)
+            magnitude = bits & 0x7FFF
+            magnitude = (magnitude + 0x3F + ((magnitude >> 7) & 1)) >> 7
+            return (magnitude | ((bits >> 8) & 0x80)).to(tl.uint8)
+        bits = tl.clamp(x, -57344.0, 57344.0).to(tl.float16).to(tl.uint16, bitcast=True)
         return ((bits + 0x7F + ((bits >> 8) & 1)) >> 8).to(tl.uint8)
 
-    @triton.jit
-    def _e4m3(x):
-        """E4M3 has three bits less of exponent bias than float16, less one of its bits: it is float16(x / 2^8), sign
-        apart, from bit 7 on, for subnormal numbers too; x, within its range, rounded half to even."""
-        bits = (x * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
-        magnitude = bits & 0x7FFF
-        magnitude = (magnitude + 0x3F + ((magnitude >> 7) & 1)) >> 7
-        return (magnitude | ((bits >> 8) & 0x80)).to(tl.uint8)
+    # The same, four numbers at a time, two in a register: $1 and $2 in float16, $0 the four bytes.
+
+    TO_E5M2 = tl.constexpr("""{
+        .reg .b32 a, b, s, t, high, low;
+        mov.b32 high, 0x7B007B00;
+        mov.b32 low, 0xFB00FB00;
+        min.f16x2 a, $1, high;
+        min.f16x2 b, $2, high;
+        max.f16x2 a, a, low;
+        max.f16x2 b, b, low;
+        shr.b32 s, a, 8;
+        shr.b32 t, b, 8;
+        and.b32 s, s, 0x00010001;
+        and.b32 t, t, 0x00010001;
+        add.u32 s, s, 0x007F007F;
+        add.u32 t, t, 0x007F007F;
+        add.u32 s, s, a;
+        add.u32 t, t, b;
+        prmt.b32 $0, s, t, 0x7531;
+    }""")
+
+    TO_E4M3 = tl.constexpr("""{
+        .reg .b32 a, b, s, t, high, low;
+        mov.b32 high, 0x3F003F00;
+        mov.b32 low, 0xBF00BF00;
+        min.f16x2 a, $1, high;
+        min.f16x2 b, $2, high;
+        max.f16x2 a, a, low;
+        max.f16x2 b, b, low;
+        shr.b32 s, a, 7;
+        shr.b32 t, b, 7;
+        and.b32 s, s, 0x00010001;
+        and.b32 t, t, 0x00010001;
+        add.u32 s, s, 0x003F003F;
+        add.u32 t, t, 0x003F003F;
+        add.u32 s, s, a;
+        add.u32 t, t, b;
+        shl.b32 s, s, 1;
+        shl.b32 t, t, 1;
+        and.b32 a, a, 0x80008000;
+        and.b32 b, b, 0x80008000;
+        or.b32 s, s, a;
+        or.b32 t, t, b;
+        prmt.b32 $0, s, t, 0x7531;
+    }""")
+
+    # Of float32, without the code for results that are too small for a normal number: those are 0.
 
     @triton.jit
-    def _round(x, E4M3: tl.constexpr):
-        """To E4M3 or E5M2, saturated."""
-        return _e4m3(tl.clamp(x, -448.0, 448.0)) if E4M3 else _e5m2(tl.clamp(x, -57344.0, 57344.0))
+    def _exp(x, ASSEMBLY: tl.constexpr):
+        if ASSEMBLY:
+            x *= 1.44269504  # log2(e)
+            return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        return tl.exp(x)
+
+    @triton.jit
+    def _sigmoid(x, ASSEMBLY: tl.constexpr):
+        if ASSEMBLY:
+            x = 1 + _exp(-x, ASSEMBLY)
+            return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        return tl.sigmoid(x)
 
     @triton.jit
     def _store_bytes(pointer, x, mask):
@@ -166,54 +234,59 @@ if triton is not None:
         _store_transposed(out, tile, row, column, m, m, n)
 
     @triton.jit
-    def _quantize_transpose_kernel(x, scale, out, out_t, amax, m, n, E4M3: tl.constexpr, BLOCK: tl.constexpr):
+    def _quantize_transpose_kernel(
+        x, scale, out, out_t, amax, m, n, E4M3: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr
+    ):
         row, column, inside = _tile(m, n, BLOCK, BLOCK)
         at = row[:, None] * n + column[None, :]
         tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(tile)))
-        tile = _round(tile * tl.load(scale), E4M3)
+        tile = _round(tile * _scale(scale, E4M3), E4M3, ASSEMBLY)
         _store_bytes(out + at, tile, inside)
         _store_transposed(out_t, tile, row, column, m, m, n)
 
     @triton.jit
-    def _quantize_weight_kernel(x, scale, out, out_t, m, n, stride_t, BLOCK: tl.constexpr):
+    def _quantize_weight_kernel(x, scale, out, out_t, m, n, stride_t, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr):
         row, column, inside = _tile(m, n, BLOCK, BLOCK)
         at = row[:, None] * n + column[None, :]
-        tile = tl.load(x + at, mask=inside, other=0.0) * tl.load(scale)
-        tile = _round(tile, True)
+        tile = _round(tl.load(x + at, mask=inside, other=0.0) * _scale(scale, True), True, ASSEMBLY)
         _store_bytes(out + at, tile, inside)
         _store_transposed(out_t, tile, row, column, stride_t, m, n)
 
     @triton.jit
-    def _swiglu_kernel(gate_up, scale, out, amax, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    def _swiglu_kernel(
+        gate_up, scale, out, amax, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASSEMBLY: tl.constexpr
+    ):
         row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
         at = row[:, None] * (2 * n) + column[None, :]
         gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
-        product = gate * tl.sigmoid(gate) * up
-        scaled = _round(product * tl.load(scale), True)
+        product = gate * _sigmoid(gate, ASSEMBLY) * up
+        scaled = _round(product * _scale(scale, True), True, ASSEMBLY)
         _store_bytes(out + row[:, None] * n + column[None, :], scaled, inside)
         tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.abs(product)))
 
     @triton.jit
     def _swiglu_gradient_kernel(
         grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
-        E4M3: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        E4M3: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASSEMBLY: tl.constexpr,
     ):  # fmt: skip
         row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
         at = row[:, None] * (2 * n) + column[None, :]
         gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_up + at + n, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(grad + row[:, None] * n + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        product = _round(gate * sigmoid * up * tl.load(scale), True)
+        sigmoid = _sigmoid(gate, ASSEMBLY)
+        silu = gate * sigmoid
+        product = _round(silu * up * _scale(scale, True), True, ASSEMBLY)
         _store_transposed(product_t, product, row, column, m, m, n)
-        d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
-        d_up = g * gate * sigmoid
-        largest = tl.maximum(tl.max(tl.abs(d_gate)), tl.max(tl.abs(d_up)))
+        s = _scale(grad_scale, E4M3)
+        g *= s
+        d_gate = g * up * (sigmoid + silu * (1 - sigmoid))
+        d_up = g * silu
+        largest = tl.maximum(tl.max(tl.abs(d_gate)), tl.max(tl.abs(d_up))) / s
         tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), largest)
-        s = tl.load(grad_scale)
-        d_gate, d_up = _round(d_gate * s, E4M3), _round(d_up * s, E4M3)
+        d_gate, d_up = _round(d_gate, E4M3, ASSEMBLY), _round(d_up, E4M3, ASSEMBLY)
         _store_bytes(wide + at, d_gate, inside)
         _store_bytes(wide + at + n, d_up, inside)
         _store_transposed(wide_t, d_gate, row, column, m, m, n)
@@ -235,17 +308,18 @@ if triton is not None:
 
     @triton.jit
     def _softmax_gradient_kernel(
-        logits, lse, targets, weights, out, out_t, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-    ):
+        logits, lse, targets, weights, out, out_t, m, n,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASSEMBLY: tl.constexpr,
+    ):  # fmt: skip
         row, column, inside = _tile(m, n, BLOCK_M, BLOCK_N)
         at = row[:, None] * n + column[None, :]
         z = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
         shift = tl.load(lse + row, mask=row < m, other=0.0)
-        target = tl.load(targets + row, mask=row < m, other=-1)
+        target = tl.load(targets + row, mask=row < m, other=-1).to(tl.int32)
         weight = tl.load(weights + row, mask=row < m, other=0.0)
-        probability = tl.exp(z - shift[:, None])
-        grad = weight[:, None] * (probability - tl.where(column[None, :] == target[:, None], 1.0, 0.0))
-        grad = _round(grad, False)
+        probability = _exp(z - shift[:, None], ASSEMBLY)
+        onehot = column.to(tl.int32)[None, :] == target[:, None]
+        grad = _round(weight[:, None] * (probability - tl.where(onehot, 1.0, 0.0)), False, ASSEMBLY)
         _store_bytes(out + at, grad, inside)
         _store_transposed(out_t, grad, row, column, m, m, n)
 
@@ -273,7 +347,7 @@ if triton is not None:
         out_t = torch.empty(n, m, dtype=dtype, device=x.device)
         amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
         kernel = launch(_quantize_transpose_kernel)
-        kernel[grid](x, scale, out, out_t, amax, m, n, E4M3=dtype == E4M3, BLOCK=block, num_warps=4)
+        kernel[grid](x, scale, out, out_t, amax, m, n, E4M3=dtype == E4M3, BLOCK=block, ASSEMBLY=assembly, num_warps=4)
         return out, out_t, amax
 
     def _swiglu_quantize(gate_up: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -283,7 +357,9 @@ if triton is not None:
         out = torch.empty(m, n, dtype=E4M3, device=gate_up.device)
         amax = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=gate_up.device)
         kernel = launch(_swiglu_kernel)
-        kernel[grid](gate_up, scale, out, amax, m, n, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=4)
+        kernel[grid](
+            gate_up, scale, out, amax, m, n, BLOCK_M=block[0], BLOCK_N=block[1], ASSEMBLY=assembly, num_warps=4
+        )
         return out, amax
 
     def _swiglu_gradient_quantize(
@@ -299,7 +375,7 @@ if triton is not None:
         kernel = launch(_swiglu_gradient_kernel)
         kernel[grid](
             grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
-            E4M3=dtype == E4M3, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=8,
+            E4M3=dtype == E4M3, BLOCK_M=block[0], BLOCK_N=block[1], ASSEMBLY=assembly, num_warps=8,
         )  # fmt: skip
         return wide, wide_t, product_t, amax
 
@@ -317,8 +393,9 @@ if triton is not None:
         out_t = torch.empty(n, m, dtype=E5M2, device=logits.device)
         kernel = launch(_softmax_gradient_kernel)
         kernel[_grid(m, n, *block)](
-            logits, lse, targets, weights, out, out_t, m, n, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=4
-        )
+            logits, lse, targets, weights, out, out_t, m, n,
+            BLOCK_M=block[0], BLOCK_N=block[1], ASSEMBLY=assembly, num_warps=4,
+        )  # fmt: skip
         return out, out_t
 
     _transpose, _quantize_transpose = operator(_transpose), operator(_quantize_transpose)

@@ -2,12 +2,13 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 import kernels
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -73,6 +74,64 @@ def test_every_fp8_number_survives_rounding_by_hand():
         result = kernels.quantize_transpose(between, torch.ones((), device=DEVICE), dtype)
         assert torch.equal(result[0].float(), between.to(dtype).float())
         assert torch.equal(result[1].float(), result[0].float().t())
+
+
+def run_ptx(program, *inputs):
+    """What straight-line PTX leaves in $0; inputs: $1, $2, ..., arrays of 32-bit registers."""
+    registers = {f"${i}": x for i, x in enumerate(inputs, 1)}
+    value = lambda name: registers[name] if name in registers else np.uint32(int(name, 0))  # noqa: E731
+    halves = lambda f: lambda a, b: f(a.view(np.float16), np.full_like(a, b).view(np.float16)).view(np.uint32)  # noqa: E731
+
+    def permute(a, b, selector):
+        picked = np.stack([a, b], -1).view(np.uint8)[:, [selector >> 4 * i & 7 for i in range(4)]]
+        return np.ascontiguousarray(picked).view(np.uint32)[:, 0]
+
+    operations = {
+        "mov.b32": lambda a: a, "min.f16x2": halves(np.fmin), "max.f16x2": halves(np.fmax), "add.u32": np.add,
+        "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "shl.b32": np.left_shift, "shr.b32": np.right_shift,
+        "prmt.b32": permute,
+    }  # fmt: skip
+    for statement in program.strip("{} \n").split(";"):
+        if statement.strip() and not statement.strip().startswith(".reg"):
+            operation, result, *names = statement.replace(",", " ").split()
+            registers[result] = operations[operation](*map(value, names))
+    return registers["$0"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="has no PTX")
+@pytest.mark.parametrize("dtype, program", [(kernels.E5M2, "TO_E5M2"), (kernels.E4M3, "TO_E4M3")])
+def test_the_ptx_rounds_every_float16(dtype, program):
+    numbers = np.arange(2**16, dtype=np.uint16)
+    numbers = numbers[~np.isnan(numbers.view(np.float16))]
+    numbers = np.resize(np.random.default_rng(0).permutation(numbers), (-(-len(numbers) // 4), 4))
+    rounded = run_ptx(getattr(kernels, program).value, *np.ascontiguousarray(numbers).view(np.uint32).T.copy())
+    rounded = torch.from_numpy(rounded.view(np.uint8).copy()).view(dtype).float()
+    values = torch.from_numpy(numbers.ravel().view(np.float16)).float() * (256 if dtype == kernels.E4M3 else 1)
+    largest = kernels.LARGEST[dtype]
+    assert torch.equal(rounded, values.clamp(-largest, largest).to(dtype).float())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles nothing")
+@pytest.mark.parametrize("capability", [89, 120])
+def test_kernels_compile_for_other_gpus(capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    low, half, full = "*fp8e4nv", "*bf16", "*fp32"
+    for kernel, types, constants in (
+        (kernels._swiglu_gradient_kernel, [half, half, full, full, low, low, low, full], dict(BLOCK_M=64, BLOCK_N=64)),
+        (kernels._swiglu_kernel, [half, full, low, full], dict(BLOCK_M=4, BLOCK_N=1024)),
+        (kernels._quantize_transpose_kernel, [half, full, low, low, full], dict(BLOCK=64)),
+        (kernels._softmax_gradient_kernel, [half, full, "*i64", full, low, low], dict(BLOCK_M=64, BLOCK_N=64)),
+        (kernels._quantize_weight_kernel, [full, full, low, low], dict(BLOCK=64)),
+    ):
+        constants |= {"ASSEMBLY": True} | ({"E4M3": True} if "E4M3" in kernel.arg_names else {})
+        names = [name for name in kernel.arg_names if name not in constants]
+        signature = dict(zip(names, types + ["i32"] * (len(names) - len(types)))) | dict.fromkeys(
+            constants, "constexpr"
+        )
+        source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
 @runs_kernels
