@@ -1,12 +1,14 @@
-"""Speed: `python bench.py train` measures training, several implementations side by side on the same batches.
+"""Speed, side by side: of training, of the matrix products that it is made of, and of attention over memory.
 
     python bench.py train                                          the 110M model on one GPU, memory 512 and 4096
     python bench.py train --text data/mix13 --peers bf16,fp8       real tokens, two of the peers
     python bench.py train --memory 512 --documents none            without boundaries of documents
+    python bench.py gemm                                           every product alone: bf16, FP8, fast accumulation
+    python bench.py attention --memory 512,4096                    attention.py beside PyTorch's own
 
-Peers: naive (the model as a competent person writes it in eager PyTorch), bf16 and fp8 (those of train.py), stacked
-(bf16, as many own blocks as the shared one has uses: equal FLOPs, N times the weights). A step is all that train.py
-does with a batch except reading its metrics. The limit is the time of a step's matrix products alone.
+train: naive (the model as a competent person writes it in eager PyTorch, naive.py), bf16 and fp8 (those of train.py),
+stacked (bf16, as many own blocks as the shared one has uses: equal FLOPs, N times the weights). A step is all that
+train.py does with a batch except reading its metrics. The limit is the time of a step's matrix products alone.
 
 Peers take turns of a few steps, so that a hot GPU slows all of them; a time is the median over rounds, `spread` half
 the range. Memory is full before anything is timed. TFLOP/s count all steps for all tokens. `compile s`: what the first
@@ -18,6 +20,7 @@ object with every figure.
 import argparse
 import gc
 import json
+import math
 import re
 import subprocess
 import sys
@@ -25,13 +28,12 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, median
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+import attention
 import config
 import data
 import fp8
@@ -39,7 +41,9 @@ import kernels
 import optim
 import train
 from config import ConfigError
+from memory import Memory, Spans
 from model import RecurrentTransformer, pick_device, pick_dtype
+from naive import Naive
 
 PEERS = ("naive", "bf16", "fp8", "stacked")
 KERNELS = {  # a kernel belongs to the first group whose pattern is found in its name
@@ -49,91 +53,6 @@ KERNELS = {  # a kernel belongs to the first group whose pattern is found in its
     "GEMMs": r"nvjet|cutlass|gemm|gemv|xmma|cublas|splitK",
     "optimizer and the rest": r"",
 }
-
-
-# ------------------------------------------------------------------------------------------------- the naive peer
-
-
-class Naive(nn.Module):
-    """`RecurrentTransformer` in eager PyTorch: autocast, a mask for SDPA, keys and values concatenated at every step,
-    all logits at once. The same function of the same parameters under the same names; ConfigError for other models."""
-
-    def __init__(self, config, dtype=torch.float32):
-        super().__init__()
-        known = dict(prelude=0, recur=1, coda=0, share=True, halting="act", injection="gain", step_gains=True,
-                     memory="per_step")  # fmt: skip
-        if wrong := [f"model.{k} = {getattr(config, k)}" for k, v in known.items() if getattr(config, k) != v]:
-            raise ConfigError(f"the naive peer does not know {', '.join(wrong)}; leave it out of --peers")
-        self.config, self.dtype = config, dtype
-        D, F, N = config.width, config.hidden, config.max_depth
-        sizes = dict(query=(D, D), key=(D, D), value=(D, D), output=(D, D), gate=(D, F), up=(D, F), down=(F, D))
-        block = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
-        self.embedding, self.recur = nn.Embedding(config.padded_vocab_size, D), nn.ModuleList([block])
-        self.gains, self.inject = nn.Parameter(torch.ones(N, 1, 4, D)), nn.Parameter(torch.ones(N, 2))
-        self.halting = nn.Linear(D, 1)
-
-    def new_memory(self, batch, length):
-        """steps: keys and values of every step, (B, M, H, d); documents: (B, M), the token's document, -1 for none."""
-        c, device = self.config, self.embedding.weight.device
-        shape = (batch, length, c.heads, c.width // c.heads)
-        steps = [[torch.zeros(shape, dtype=self.dtype, device=device) for _ in "kv"] for _ in range(c.max_depth)]
-        return SimpleNamespace(steps=steps, documents=torch.full((batch, length), -1, device=device), position=0)
-
-    def block(self, x, gains, rope, mask, past, frozen, active):
-        """x: (B, T, D). past: keys and values of the memory; frozen: those of this segment at the step before.
-        Returns x and the keys and values of both, (B, M + T, H, d)."""
-        layers = self.recur[0]
-        y = norm(x) * gains[0]
-        q, k, v = (layers[name](y).unflatten(-1, (self.config.heads, -1)) for name in ("query", "key", "value"))
-        q, k = (rotate(norm(z), *rope).to(v.dtype) for z in (q, k))
-        if frozen is not None:
-            k, v = (torch.where(active[..., None, None], new, old) for new, old in zip((k, v), frozen))
-        k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v)))
-        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), attn_mask=mask)
-        x = x + gains[1] * layers["output"](y.transpose(1, 2).flatten(-2))
-        y = norm(x) * gains[2]
-        return x + gains[3] * layers["down"](F.silu(layers["gate"](y)) * layers["up"](y)), (k, v)
-
-    def forward(self, tokens, targets, memory):
-        """tokens, targets: (B, T). Returns loss, context (mean number of visible keys) and memory."""
-        c, device = self.config, self.embedding.weight.device
-        tokens, targets = tokens.to(device), targets.to(device)
-        (B, T), M = tokens.shape, memory.documents.shape[1]
-        starts = (tokens == c.document_start) & (not c.cross_documents)
-        current = memory.documents[:, -1:].clamp(min=0) if M else 0
-        documents = torch.cat([memory.documents, current + starts.cumsum(1)], 1)
-        mask = documents[:, M:, None] == documents[:, None, :]
-        mask &= torch.ones(T, M + T, dtype=torch.bool, device=device).tril(M)  # (B, T, M + T)
-        d = c.width // c.heads
-        frequency = c.rope_base ** (-torch.arange(0, d, 2, device=device) / d)
-        angle = (memory.position + torch.arange(T, device=device))[:, None, None] * frequency
-        rope = angle.cos(), angle.sin()  # (T, 1, d / 2)
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            h = e = norm(self.embedding(tokens))
-            out, frozen, steps = 0, None, []
-            remainder, active = torch.ones(B, T, device=device), torch.ones(B, T, dtype=torch.bool, device=device)
-            for n, (past, (a, b)) in enumerate(zip(memory.steps, self.inject)):
-                h, kv = self.block(a * norm(h) + b * e, self.gains[n, 0], rope, mask[:, None], past, frozen, active)
-                frozen = [z[:, M:] for z in kv]
-                steps.append([z[:, T:].detach() for z in kv])
-                p = self.halting(norm(h))[..., 0].float().sigmoid()
-                halts = active & (1 - remainder + p >= 1 - c.halting_eps) if n < c.max_depth - 1 else active
-                weight = torch.where(halts, remainder, torch.minimum(p, remainder) * active)
-                out, remainder, active = out + weight[..., None] * h, remainder - weight, active & ~halts
-            logits = F.linear(norm(out).flatten(0, 1), self.embedding.weight)[:, : c.vocab_size]
-            loss = F.cross_entropy(logits, targets.flatten())
-        memory = SimpleNamespace(steps=steps, documents=documents[:, T:], position=memory.position + T)
-        return SimpleNamespace(loss=loss, context=mask.sum(-1).float().mean(), memory=memory)
-
-
-def norm(x):
-    return F.rms_norm(x, (x.shape[-1],))
-
-
-def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 # ------------------------------------------------------------------------------------------------- the limit
@@ -365,15 +284,8 @@ def breakdown(kernels, step_ms):
 
 
 def run_train(args, overrides):
-    if wrong := [o for o in overrides if not o.startswith("--model.")]:
-        raise ConfigError(f"unknown argument '{wrong[0]}'; settings of the model are written --model.key=value")
-    unused = ["eval.depths=[]", "train.target_depth=0"]  # lest they contradict a depth from the command line
-    cfg = config.load(args.config, train.Config, [*overrides, *unused, f"train.recompute={args.recompute}"])
+    cfg, device = load(args, [*overrides, f"--train.recompute={args.recompute}"])
     cfg.model = c = replace(cfg.model, cross_documents=cfg.model.cross_documents or args.documents == 0)
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        raise ConfigError(f"--device: {error}") from None
     on_cuda, rows = device.type == "cuda", args.batch * args.segment
     if args.profile and not on_cuda:
         raise ConfigError("--profile needs a GPU: it sums the times of kernels")
@@ -391,19 +303,12 @@ def run_train(args, overrides):
     products = [(name, gemm, dtype) for name, dtype in dtypes.items() for gemm in model_gemms(c, rows)]
     products += [("muon", gemm, low) for gemm in muon_gemms(c)]
     sizes = {key: getattr(args, key) for key in ("batch", "segment", "documents", "recompute", "rounds", "steps")}
-    result = {
-        "bench": "train", "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
-        "torch": torch.__version__, "commit": commit(), "config": str(args.config), "model": asdict(c),
-        "text": args.text and str(args.text), **sizes, "sections": [],
-    }  # fmt: skip
+    result = {"config": str(args.config), "model": asdict(c), "text": args.text, **sizes, "sections": []}
     for length in args.memory:
         section = measure(peers, products, args, prepared, length, on_cuda and args.profile is not False)
         result["sections"].append(section)
         print(render(section, args))
-    # six digits of every float; what is not finite is null
-    digits = dict(parse_float=lambda x: float(f"{float(x):.6g}"), parse_constant=lambda _: None)
-    print(json.dumps(json.loads(json.dumps(result), **digits)))
-    return 0
+    return finish("train", device, result)
 
 
 def measure(peers, products, args, prepared, length, profiling):
@@ -487,6 +392,165 @@ def render(section, args):
     return text
 
 
+# ------------------------------------------------------------------------------------------------- gemm, attention
+
+
+def run_gemm(args, overrides):
+    """Every product of blocks and head alone. FP8 "as used" is what `fp8.matmul` chooses of the other two."""
+    cfg, device = load(args, overrides)
+    kinds = {"bf16": (pick_dtype("auto", device), fp8.FAST_TERMS)}
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
+        limits = {"FP8 fast": math.inf, "FP8 slow": 0, "FP8 as used": fp8.FAST_TERMS}
+        kinds |= {name: (kernels.E4M3, terms) for name, terms in limits.items()}
+    gemms, rows = list(model_gemms(cfg.model, args.batch * args.segment)), []
+    samples = [{name: [] for name in kinds} for _ in gemms]
+    for _ in range(args.rounds):
+        for gemm, sample in zip(gemms, samples):
+            for name, (dtype, fp8.FAST_TERMS) in kinds.items():
+                sample[name].append(gemm_seconds(gemm, dtype, device))
+    lines = [["microseconds (TFLOP/s)", "m x n x k", *kinds]]
+    for gemm, sample in zip(gemms, samples):
+        rows.append(gemm._asdict() | {name: 1e6 * median(seconds) for name, seconds in sample.items()})
+        flops = 2e-6 * gemm.m * gemm.n * gemm.k
+        cells = [f"{rows[-1][name]:.0f} ({flops / rows[-1][name]:.0f})" for name in kinds]
+        lines.append([f"{gemm.name}, {gemm.kind}", f"{gemm.m} x {gemm.n} x {gemm.k}", *cells])
+    print(align(lines))
+    return finish("gemm", device, {"gemms": rows})
+
+
+def run_attention(args, overrides):
+    """One recurrence's attention, forward and with the backward pass; what needs a concatenation includes it."""
+    cfg, device = load(args, overrides)
+    c, dtype = cfg.model, pick_dtype("auto", device)
+    found, lines = [], [["ms: forward + backward (forward)", "visible", *ATTENTION, "error"]]
+    for length in args.memory:
+        for documents in dict.fromkeys((0, args.documents)):
+            spans, qkv, past = case = attention_case(c, args, length, documents, device, dtype)
+            row = {"memory": length, "documents": documents, "visible": spans.context, "ms": {}}
+            two = lambda tensors: tensors and [x[:2].float() for x in tensors]  # noqa: E731
+            exact, ours = masked(two(qkv), two(past), spans), spans.attend(*qkv, past)[:2]
+            row["error"] = ((ours.float() - exact).norm() / exact.norm()).item()
+            for name, make in ATTENTION.items():
+                try:
+                    function = make(*case)
+                    row["ms"][name] = [1e3 * x for x in attention_seconds(function, qkv, device, args.rounds)]
+                except Exception as error:  # of a rival that this device or version does not have
+                    note(f"{name}, memory {length}: {type(error).__name__}: {(str(error) or '?').splitlines()[0]}")
+            found.append(row)
+            cells = ["{1:.3f} ({0:.3f})".format(*row["ms"][name]) if name in row["ms"] else "-" for name in ATTENTION]
+            title = f"memory {length}, {f'documents of {documents}' if documents else 'one document'}"
+            lines.append([title, f"{spans.context:.0f}", *cells, f"{row['error']:.1e}"])
+    print(align(lines))
+    return finish("attention", device, {"dtype": str(dtype), "rows": found})
+
+
+def attention_case(c, args, length, documents, device, dtype):
+    """Spans of a segment after a full memory, random (q, k, v) with gradient, and the memory's (keys, values)."""
+    generator, batch, segment = torch.Generator().manual_seed(1), args.batch, args.segment
+    tokens = torch.randint(1, 50, (batch, length + segment), generator=generator)
+    tokens[tokens == c.document_start] = 50
+    if documents:
+        tokens[torch.rand(tokens.shape, generator=generator) < 1 / documents] = c.document_start
+    shape = (batch, length, c.heads, c.width // c.heads)
+    memory = Memory.empty(1, shape, dtype, device) if length else None
+    if length:
+        live = Spans(tokens[:, :length], None, c, device, kernel=False).live
+        memory = Memory(memory.ring, live, position=length + length // 3)  # the oldest token lies somewhere inside
+    kernel = dtype != torch.float32 and attention.available(device, shape[-1])
+    spans = Spans(tokens[:, length:], memory, c, device, kernel)
+    random = lambda n: torch.randn(batch, n, *shape[2:], device=device, dtype=dtype)  # noqa: E731
+    return spans, [random(segment).requires_grad_() for _ in "qkv"], [random(length) for _ in "kv"] if length else None
+
+
+def masked(qkv, past, spans):
+    """PyTorch's own, with a mask."""
+    q, k, v = qkv
+    if spans.mask is None:
+        return attention.reference(q, k, v, past, spans.first[: len(q)], spans.offset)
+    k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v))) if past else (k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=spans.mask[: len(q)]).transpose(1, 2)
+
+
+def varlen(spans, qkv, past):
+    """FlashAttention of PyTorch over [memory, segment], a sequence a document; the dead memory has no queries."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    first, (B, T, *_), M = spans.first.long().cpu(), qkv[0].shape, past[0].shape[1] if past else 0
+    row, column = first.diff(dim=1).nonzero(as_tuple=True)
+    rows, column = torch.arange(B), column + 1
+    starts = torch.cat([rows * T, rows * T, row * T + column, torch.tensor([B * T])])
+    keys = torch.cat([0 * rows, first[:, 0], M + column, torch.tensor([0])])
+    keys += torch.cat([rows, rows, row, torch.tensor([B])]) * (M + T)
+    starts, keys = (x.sort().values.int().to(qkv[0].device) for x in (starts, keys))
+
+    def function(q, k, v):
+        k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v))) if past else (k, v)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen_attn(*flat, starts, keys, T, M + T, window_size=(-1, 0)).view_as(q)
+
+    return function
+
+
+def flex(spans, qkv, past):
+    """FlexAttention, compiled, with a block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    first, (B, T, *_), M = spans.first, qkv[0].shape, past[0].shape[1] if past else 0
+    seen = lambda b, h, i, j: (j >= first[b, i]) & (j <= M + i)  # noqa: E731
+    mask, attend = create_block_mask(seen, B, None, T, M + T, device=first.device), torch.compile(flex_attention)
+
+    def function(q, k, v):
+        k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v))) if past else (k, v)
+        return attend(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+
+    return function
+
+
+ATTENTION = {
+    "attention.py": lambda spans, _, past: lambda *qkv: spans.attend(*qkv, past),
+    "varlen_attn": varlen,
+    "FlexAttention": flex,
+    "masked SDPA": lambda spans, _, past: lambda *qkv: masked(qkv, past, spans),
+}
+
+
+def attention_seconds(function, qkv, device, rounds, repeats=10):
+    """Seconds of forward, and of forward and backward: medians over rounds."""
+    grad, seconds = torch.randn_like(function(*qkv)), ([], [])
+    for _ in range(rounds + 1):  # the first is the warm-up
+        for sample, backward in zip(seconds, (False, True)):
+            start = clock(device)
+            for _ in range(repeats):
+                with torch.set_grad_enabled(backward):
+                    out = function(*qkv)
+                if backward:
+                    torch.autograd.grad(out, qkv, grad)
+            sample.append((clock(device) - start) / repeats)
+    return [median(sample[1:]) for sample in seconds]
+
+
+def load(args, overrides):
+    """The config and the device. Raises `ConfigError`."""
+    if wrong := [o for o in overrides if not o.startswith(("--model.", "--train.recompute="))]:
+        raise ConfigError(f"unknown argument '{wrong[0]}'; settings of the model are written --model.key=value")
+    # what a depth from the command line could contradict
+    cfg = config.load(args.config, train.Config, [*overrides, "eval.depths=[]", "train.target_depth=0"])
+    try:
+        return cfg, pick_device(args.device)
+    except ValueError as error:
+        raise ConfigError(f"--device: {error}") from None
+
+
+def finish(name, device, result):
+    """Print the last line: JSON, six digits of every float, and null for what is not finite."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result = {"bench": name, "device": where, "torch": torch.__version__, "commit": commit()} | result
+    digits = dict(parse_float=lambda x: float(f"{float(x):.6g}"), parse_constant=lambda _: None)
+    print(json.dumps(json.loads(json.dumps(result), **digits)))
+    return 0
+
+
 def align(lines):
     """Rows of cells as text: the first column to the left, the others to the right."""
     columns = range(max(map(len, lines)))
@@ -540,25 +604,35 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "train", help="speed of training", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Any setting of the model can be changed: --model.max_depth=4",
-    )  # fmt: skip
-    add = command.add_argument
-    add("config", nargs="?", default="configs/pretrain_110m.toml", help="a TOML file with the model")
-    add("--batch", type=whole, default=32, help="rows of a batch")
-    add("--segment", type=whole, default=512, help="tokens of a row in a step")
-    add("--memory", type=several(lambda text: whole(text, 0)), default="512,4096", help="lengths, a table for each")
-    add("--peers", type=several(peer), default=",".join(PEERS), help="what is measured")
-    add("--rounds", type=whole, default=5, help="turns of every peer")
-    add("--steps", type=whole, default=4, help="steps in a turn")
-    add("--text", metavar="FOLDER", help="a prepared folder to read; None: random tokens")
-    add("--documents", type=lambda text: 0 if text == "none" else whole(text), default=1000, metavar="TOKENS",
-        help="mean length of random documents; none: no boundaries, nor in --text")  # fmt: skip
-    add("--recompute", default="none", help="train.recompute of all peers but the naive one: none, mlp or step")
-    add("--profile", action=argparse.BooleanOptionalAction, help="where the time of bf16 and fp8 goes; None: on GPUs")
-    add("--device", default="auto", help="cuda, cuda:1 or cpu")
-    command.set_defaults(run=run_train)
+
+    def add(run, about, rounds, memory=True):
+        command = commands.add_parser(
+            run.__name__.removeprefix("run_"), help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            epilog="Any setting of the model can be changed: --model.max_depth=4",
+        )  # fmt: skip
+        command.set_defaults(run=run)
+        add = command.add_argument
+        add("config", nargs="?", default="configs/pretrain_110m.toml", help="a TOML file with the model")
+        add("--batch", type=whole, default=32, help="rows of a batch")
+        add("--segment", type=whole, default=512, help="tokens of a row in a step")
+        add("--rounds", type=whole, default=rounds, help="turns of everything that is compared")
+        add("--device", default="auto", help="cuda, cuda:1 or cpu")
+        if memory:
+            add("--memory", type=several(lambda text: whole(text, 0)), default="512,4096", help="lengths, each apart")
+            add("--documents", type=lambda text: 0 if text == "none" else whole(text), default=1000, metavar="TOKENS",
+                help="mean length of random documents; none: no boundaries, nor in --text")  # fmt: skip
+        return add
+
+    add_train = add(run_train, "speed of training", rounds=5)
+    add_train("--peers", type=several(peer), default=",".join(PEERS), help="what is measured")
+    add_train("--steps", type=whole, default=4, help="steps in a turn")
+    add_train("--text", metavar="FOLDER", help="a prepared folder to read; None: random tokens")
+    add_train("--recompute", default="none", help="train.recompute of all peers but the naive one: none, mlp or step")
+    add_train(
+        "--profile", action=argparse.BooleanOptionalAction, help="where the time of bf16 and fp8 goes; None: on GPUs"
+    )
+    add(run_gemm, "every matrix product of a step alone", rounds=3, memory=False)
+    add(run_attention, "attention of one recurrence, beside PyTorch's", rounds=3)
     args, overrides = parser.parse_known_args(argv)
     try:
         return args.run(args, overrides)

@@ -40,6 +40,9 @@ from kernels import (
     triton,
 )
 
+# Hopper's fast accumulation keeps about 14 bits of a sum: not for sums of more terms than this, where it is hardly
+# faster either, and where one large term (of a token's own logit) would swallow thousands of small ones.
+FAST_TERMS = 2048
 SITES = ("qkv", "output", "gate_up", "down")  # the GEMMs of a block
 
 
@@ -70,9 +73,7 @@ def _scaled_matmul(
 ) -> torch.Tensor:  # fmt: skip
     """An operator of our own: torch.compile's lowering of _scaled_mm refuses scales that are views (torch 2.11)."""
     if a.is_cuda:
-        # Hopper's fast accumulation keeps about 14 bits of a sum: not for long ones, where it is hardly faster either,
-        # and where one large term (of a token's own logit) would swallow thousands of small ones.
-        fast = a.shape[1] <= 2048
+        fast = a.shape[1] <= FAST_TERMS
         return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, bias=bias, out_dtype=dtype, use_fast_accum=fast)
     product = a.float() @ b.float().t() * (inverse_a * inverse_b)
     return (product if bias is None else product + bias).to(dtype)

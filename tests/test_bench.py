@@ -9,6 +9,7 @@ import bench
 import data
 from config import ConfigError
 from model import ModelConfig, RecurrentTransformer
+from naive import Naive
 
 V = 97
 TINY = ["--model.width=32", "--model.heads=2", "--model.hidden=48", "--model.max_depth=3"]
@@ -23,7 +24,7 @@ def build(**changes):
     with torch.no_grad():
         for p in model.parameters():
             p += 0.15 * torch.randn_like(p)
-    naive = bench.Naive(model.config)
+    naive = Naive(model.config)
     naive.load_state_dict(model.state_dict())
     return model, naive
 
@@ -59,7 +60,7 @@ def test_the_naive_peer_is_the_model(changes, memory):
 @pytest.mark.parametrize("changes", [{"prelude": 1}, {"halting": "fixed"}, {"step_gains": False}])
 def test_the_naive_peer_refuses_other_models(changes):
     with pytest.raises(ConfigError, match=f"model.{min(changes)} = "):
-        bench.Naive(ModelConfig(width=32, heads=4, hidden=48, **changes))
+        Naive(ModelConfig(width=32, heads=4, hidden=48, **changes))
 
 
 # ------------------------------------------------------------------------------------------------- the limit
@@ -113,11 +114,11 @@ def test_kernels_find_their_group():
 # ------------------------------------------------------------------------------------------------- the command
 
 
-def run(capsys, *arguments):
-    """Exit status, stdout and stderr of `bench.py train` at a tiny size."""
-    small = ["--device=cpu", "--batch=2", "--segment=16", "--rounds=2", "--steps=1"]
+def run(capsys, *arguments, command="train"):
+    """Exit status, stdout and stderr of a command of bench.py at a tiny size."""
+    small = ["--device=cpu", "--batch=2", "--segment=16", "--rounds=2", *["--steps=1"] * (command == "train")]
     try:
-        status = bench.main(["train", *small, *arguments])
+        status = bench.main([command, *small, *arguments])
     except SystemExit as stopped:
         status = stopped.code
     return status, *capsys.readouterr()
@@ -171,7 +172,7 @@ def test_a_peer_without_memory_does_not_end_the_others(capsys, monkeypatch):
     def full(self, *_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(bench.Naive, "forward", full)
+    monkeypatch.setattr(Naive, "forward", full)
     status, out, err = run(capsys, *TINY, "--memory=16", "--peers=naive,bf16")
     peers = json.loads(out.splitlines()[-1])["sections"][0]["peers"]
     assert status == 0 and "naive: out of memory" in err
@@ -198,3 +199,22 @@ def test_wrong_arguments_end_in_one_line(capsys, arguments, message):
     status, out, err = run(capsys, *arguments)
     assert status == 2 and not out
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_gemm_times_every_product(capsys):
+    before = bench.fp8.FAST_TERMS
+    status, out, _ = run(capsys, *TINY, "--batch=2", "--segment=16", "--rounds=1", command="gemm")
+    result = json.loads(out.splitlines()[-1])
+    assert status == 0 and len(result["gemms"]) == 15 and bench.fp8.FAST_TERMS == before
+    assert all(gemm[kind] > 0 for gemm in result["gemms"] for kind in ("bf16", "FP8 fast", "FP8 slow", "FP8 as used"))
+
+
+@pytest.mark.parametrize("memory, documents", [(0, "none"), (24, "8")])
+def test_attention_names_what_it_times(capsys, memory, documents):
+    arguments = ["--batch=3", "--segment=16", "--rounds=1", f"--memory={memory}", f"--documents={documents}"]
+    status, out, err = run(capsys, *TINY, *arguments, command="attention")
+    *_, last = json.loads(out.splitlines()[-1])["rows"]
+    assert status == 0 and last["error"] < 1e-5 and len(last["ms"]["attention.py"]) == 2
+    everything = memory + (16 + 1) / 2
+    assert last["visible"] == everything if documents == "none" else last["visible"] < everything / 2
+    assert "varlen_attn" in last["ms"] or "varlen_attn, memory" in err
