@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from sample import InputError, add_model_options, load_model
+from sample import InputError, add_model_options, load_model, set_tolerance
 
 
 @dataclass
@@ -164,15 +164,22 @@ def perplexity(args):
     N, segment = model.config.max_depth, meta["config"]["train"]["segment"]
     if wrong := [k for k in args.depths or [] if not 1 <= k <= N]:
         raise InputError(f"--depth {wrong[0]} is outside 1..{N}, the depths of this model")
-    window = segment + args.memory
+    own, window = model.config, segment + args.memory
+    for tolerance in args.tolerances or []:
+        set_tolerance(model, tolerance)  # wrong ones are refused before the long work
     if args.sliding is not None and not 1 <= args.sliding <= window:
         raise InputError(f"--sliding {args.sliding} must lie in 1..{window}, the window (segment + memory)")
     domains, table = read_domains(args, meta), [["", "domain", "nats", "bits/byte", "perplexity", "depth", "tokens"]]
     rows = []
     for sliding in (None, args.sliding) if args.sliding else (None,):
-        for depth in (None, *(args.depths or [])):
+        rules = [(None, None), *((None, x) for x in args.tolerances or []), *((k, None) for k in args.depths or [])]
+        for depth, tolerance in rules:
+            model.config = own
             label = f"sliding {sliding} of {window}" if sliding else f"memory {args.memory}"
             label += f", depth {depth}" if depth else ""
+            if tolerance is not None:
+                set_tolerance(model, tolerance)
+                label += f", tolerance {tolerance:g}"
             found = {}
             for name, documents in domains.items():
                 if sliding:
@@ -181,7 +188,12 @@ def perplexity(args):
                     memory = min(args.memory, max(map(len, documents)))  # more would never be filled
                     scores = score(model, documents, memory, segment, args.rows, depth, f"{name}, {label}")
                 found[name] = summarize(scores)
-            row = {"depth": depth, "memory": None if sliding else args.memory, "sliding": sliding}
+            row = {
+                "depth": depth,
+                "tolerance": tolerance,
+                "memory": None if sliding else args.memory,
+                "sliding": sliding,
+            }
             rows.append(row | {"domains": found, "macro": macro(found)})
             for i, (name, of) in enumerate([*found.items(), ("macro", rows[-1]["macro"])]):
                 cells = [f"{of[key]:.{n}f}" for key, n in
@@ -341,7 +353,9 @@ def parse(argv):
     command.add_argument("--depth", dest="depths", type=int, nargs="+", metavar="K", help="also at these forced depths")
     command.add_argument("--sliding", type=int, metavar="STRIDE",
                          help="also with windows of segment + memory tokens every STRIDE, without memory")  # fmt: skip
-    command.set_defaults(depth=None)
+    command.add_argument("--tolerance", dest="tolerances", type=float, nargs="+", metavar="X",
+                         help="also where tokens halt by these tolerances: see sample.py --help")  # fmt: skip
+    command.set_defaults(depth=None, tolerance=None)
     command = add(context, "loss by position in the document and by memory length; the context wall")
     add_text_options(command)
     command.add_argument("--memory", dest="memories", type=int, nargs="+", metavar="M", default=[0, 512, 1024, 2048],

@@ -18,7 +18,7 @@ Shapes: B batch, T segment length, M memory length, N maximum depth, D width, H 
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal
 
@@ -43,12 +43,13 @@ class ModelConfig:
     coda: int = 0  # C own blocks after it
     max_depth: int = 8  # N, how often the R blocks are applied
     share: bool = True  # false: N x R own blocks, a stacked transformer
-    # Who decides on the depth of a token: nobody; a trained head; or the state itself, which needs no training: a token
-    # halts, with its newest state, when a step has changed the normalised state by less than `tolerance` (RMS).
-    halting: Literal["fixed", "act", "stability"] = "act"
+    # Who decides on the depth of a token: nobody (fixed); a head that is trained with the model (act); or, with the
+    # newest state as output, a head that is trained afterwards (exit), once it expects less than `tolerance` nats from
+    # going on; or the state itself (stability), once a step changes it, normalised, by less than `tolerance` (RMS).
+    halting: Literal["fixed", "act", "exit", "stability"] = "act"
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
-    tolerance: float = 0.1  # stability
+    tolerance: float = 0.1  # exit, in nats; stability, RMS
     injection: Literal["none", "gain", "concat_linear"] = "gain"
     step_gains: bool = True  # own gains on the branches at every step, 4 x D per block and step
     memory: Literal["per_step", "last_step"] = "per_step"  # last_step: one K/V slot for all steps, N times smaller
@@ -69,6 +70,8 @@ class ModelConfig:
             raise ValueError(f"'halting_eps' must lie between 0 and 1, not {self.halting_eps}")
         if self.tolerance < 0:
             raise ValueError(f"'tolerance' must not be negative, as {self.tolerance} is")
+        if self.halting == "exit" and self.coda:
+            raise ValueError("'halting = exit' needs 'coda = 0': it reads the loss from the state of every step")
         if not self.share and self.memory == "last_step":
             raise ValueError("'memory = last_step' needs 'share = true': own blocks cannot read each other's keys")
         if not 0 <= self.document_start < self.vocab_size:
@@ -205,8 +208,11 @@ class RecurrentTransformer(nn.Module):
         self.gemms, self.scales = fp8.BF16, None  # of training; without gradients every GEMM is in compute_dtype
         self.compiled, self.recompute = False, "none"
         self.packing = 64  # without gradient, halted tokens are left out, and the rest is a multiple of this; 0: never
-        self.halting = nn.Linear(D, 1) if config.halting == "act" else None
+        self.halting = nn.Linear(D, 1) if config.halting in ("act", "exit") else None
         self.init_weights()
+        if config.halting == "exit":  # then all else stays as it is
+            self.requires_grad_(False)
+            self.halting.requires_grad_(True)
 
     @torch.no_grad()
     def init_weights(self):
@@ -215,7 +221,7 @@ class RecurrentTransformer(nn.Module):
         output down             zero: every block starts as the identity
         gains                   1
         a_n, b_n                1, and b_1 = 0 since h_0 is e itself; concat_linear starts as u = e
-        halting                 weight 0, bias from the config: at first every token takes the same number of steps
+        halting                 weight 0, bias from the config (exit: 1 nat): at first all tokens take as many steps
         """
         nn.init.normal_(self.embedding.weight, std=5 / self.config.width)
         for block in [*self.prelude, *self.recur, *self.coda]:
@@ -230,7 +236,7 @@ class RecurrentTransformer(nn.Module):
             self.inject.weight.copy_(torch.eye(self.config.width, 2 * self.config.width))
         if self.halting is not None:
             nn.init.zeros_(self.halting.weight)
-            nn.init.constant_(self.halting.bias, self.config.halting_bias)
+            nn.init.constant_(self.halting.bias, self.config.halting_bias if self.config.halting == "act" else 1.0)
 
     def compile(self):
         """Compile one recurrence step and the loss, not the loop: one graph serves every step and depth."""
@@ -249,11 +255,12 @@ class RecurrentTransformer(nn.Module):
         """Train with FP8 GEMMs, those of `gemms`."""
         self.gemms, self.scales = gemms, fp8.Scales(self.uses, self.embedding.weight.device, gemms.gradients)
 
-    def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None):
+    def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None, states=None):
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
         rule, or k to make every token take exactly k steps (no token halts before). weights: (B, T) float32 of the
         tokens in the loss; None: their mean; or a function that makes the loss, a scalar, of nll (B, T). spans: what
-        `spans(tokens, memory)` returned, where it was worked out ahead. Returns `Output`.
+        `spans(tokens, memory)` returned, where it was worked out ahead. states: a list to append every step's state to.
+        Returns `Output`. With `halting = exit`, gradients and targets, its loss is that of `learn_exit`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
@@ -261,6 +268,8 @@ class RecurrentTransformer(nn.Module):
         N, R = self.config.max_depth, self.config.recur
         if depth is not None and not 1 <= depth <= N:
             raise ValueError(f"depth must lie in 1..{N}, not {depth}")
+        if self.config.halting == "exit" and torch.is_grad_enabled() and targets is not None:
+            return self.learn_exit(tokens, targets, memory, weights, spans)
         steps, adaptive = depth or N, self.config.halting != "fixed" and depth is None
         device = self.embedding.weight.device
         training = torch.is_grad_enabled() and targets is not None
@@ -280,7 +289,7 @@ class RecurrentTransformer(nn.Module):
 
         state = kvs = None
         e, h = h, h.clone()  # not one tensor under two names, which would be a graph of its own
-        if adaptive or self.halting is not None:
+        if adaptive or self.config.halting == "act":
             state = ActState.start(tokens, h)
             shape = (*h.shape[:-1], self.config.heads, -1)
             none = partial(torch.zeros_like, h, requires_grad=h.requires_grad)  # as later keys and values will
@@ -303,6 +312,8 @@ class RecurrentTransformer(nn.Module):
             else:
                 h, kvs, state, weight = self.step(*arguments, thresholds[n])
             shares.append(weight)
+            if states is not None:
+                states.append(h)
             if self.config.memory == "per_step":
                 written.extend(kvs)
             if adaptive and not torch.is_grad_enabled():
@@ -334,6 +345,22 @@ class RecurrentTransformer(nn.Module):
         stacked = None if state is None else torch.stack(shares)
         memory = memory.after(written, spans.live) if memory else None
         return Output(logits, loss, nll, taken, ponder, stacked, spans.context, memory)
+
+    def learn_exit(self, tokens, targets, memory=None, weights=None, spans=None):
+        """`forward` at full depth, without gradient, but for the loss: the squared error of what the halting head
+        expects, at every step but the last, from going on to the last, nll_n - nll_N. Its gradient is the head's alone;
+        the expectation of that difference is what tells whether the steps left are worth `tolerance` nats."""
+        states = []
+        with torch.no_grad():
+            out = self(tokens, targets, memory, self.config.max_depth, spans=spans, states=states)
+            targets = targets.to(out.nll.device, non_blocking=True)
+            zeros = torch.zeros_like(out.nll)
+            gains = [self.loss(h, targets, zeros)[1] - out.nll for h in states[:-1]]
+        if weights is None:
+            weights = torch.full_like(out.nll, 1 / out.nll.numel())
+        weights = weights.to(out.nll.device, non_blocking=True)
+        errors = [(self.halting_value(h) - gain).square() for h, gain in zip(states, gains)]
+        return replace(out, loss=(weights * torch.stack(errors).mean(0)).sum())
 
     def spans(self, tokens, memory=None):
         """Which keys the tokens (B, T) will see. Host work that can be done while the device is busy."""
@@ -420,11 +447,16 @@ class RecurrentTransformer(nn.Module):
 
     def halting_probability(self, h, before):
         """p_n of states h (B, T, D), and of those of the step before, as (B, T) float32; 0 or 1 without a head."""
-        if self.halting is None:
+        if self.config.halting == "exit":
+            return (self.halting_value(h) < self.config.tolerance).float()
+        if self.config.halting == "stability":
             change = (norm(h.float()) - norm(before.float())).square().mean(-1).sqrt()
             return (change < self.config.tolerance).float()
-        # a sum, not a matrix product: it fuses with the norm
-        return torch.sigmoid((norm(h.float()) * self.halting.weight).sum(-1) + self.halting.bias)
+        return torch.sigmoid(self.halting_value(h))
+
+    def halting_value(self, h):
+        """What the halting head makes of states h (B, T, D), as (B, T) float32."""
+        return (norm(h.float()) * self.halting.weight).sum(-1) + self.halting.bias  # this sum fuses with the norm
 
     def loss(self, out, targets, weights):
         """The sum of weights * nll, or what the function `weights` makes of nll; and nll (B, T) float32 in nats, which

@@ -75,8 +75,8 @@ def add_model_options(parser):
                        "(default: $MODEL, else the newest under runs/)")  # fmt: skip
     group.add_argument("--depth", type=int, metavar="K", help="force K steps a token (default: the model decides)")
     group.add_argument("--tolerance", type=float, metavar="X",
-                       help="of a model without a halting head: a token halts when a step changes its normalised state "
-                       "by less than X (RMS), 0.1 for example")  # fmt: skip
+                       help="a token halts when the exit head expects less than X nats from going on or, without that "
+                       "head, when a step changes its normalised state by less than X (RMS); say 0.1")  # fmt: skip
     group.add_argument("--memory", type=int, metavar="M", help="tokens of memory (default: as last trained)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
@@ -101,15 +101,21 @@ def load_model(args):
     if args.depth is not None and not 1 <= args.depth <= model.config.max_depth:
         raise InputError(f"--depth {args.depth} is outside 1..{model.config.max_depth}, the depths of this model")
     if args.tolerance is not None:
-        if model.config.halting == "act":
-            raise InputError(f"--tolerance {args.tolerance} is for models without a halting head, and this one has one")
-        try:
-            model.config = replace(model.config, halting="stability", tolerance=args.tolerance)
-        except ValueError as error:
-            raise InputError(f"--tolerance: {error}") from None
+        set_tolerance(model, args.tolerance)
     if args.memory is None:
         args.memory = meta["memory"]
     return model, meta, path
+
+
+def set_tolerance(model, tolerance):
+    """Make tokens halt by this tolerance, see `ModelConfig.halting`. Raises `InputError`."""
+    if model.config.halting == "act":
+        raise InputError(f"--tolerance {tolerance} is for models without a head for ACT, and this one has one")
+    rule = "exit" if model.config.halting == "exit" else "stability"
+    try:
+        model.config = replace(model.config, halting=rule, tolerance=tolerance)
+    except ValueError as error:
+        raise InputError(f"--tolerance: {error}") from None
 
 
 def check(args):

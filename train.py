@@ -33,6 +33,7 @@ import data
 import fp8
 import kernels
 from config import ConfigError
+from metrics import Log
 from model import ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
 from optim import OptimConfig, build_optimizers, guard, learning_rate, read_later
 from stages import STAGES, DataConfig, DPOConfig, EvalConfig, draw_depth
@@ -132,6 +133,8 @@ class Config:
             raise ValueError("'train.sampled_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
             raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
+        if self.stage == "dpo" and self.model.halting == "exit":
+            raise ValueError("the stage dpo cannot train an exit head; set 'model.halting = fixed'")
         if self.dpo.depth > self.model.max_depth:
             raise ValueError(f"'dpo.depth' {self.dpo.depth} must lie in 1..{self.model.max_depth}, or be 0")
 
@@ -147,12 +150,16 @@ class Config:
                 f"{before.get(self.stage, self.stage)}"
             )
         model = config.from_dict(meta["config"]["model"], ModelConfig, self.init)
-        if self.model not in (model, ModelConfig()):
+        # [model] may be left out, or say by which other rule to halt
+        rule = {key: getattr(self.model, key) for key in ("halting", "tolerance")}
+        if self.model == ModelConfig():
+            rule = {}
+        elif self.model not in (model, dataclasses.replace(ModelConfig(), **rule)):
             old, new = (dataclasses.asdict(x) for x in (model, self.model))
             changes = "; ".join(config.differences(old, new, "model."))
             raise ConfigError(f"'init' {self.init} is of another architecture: {changes}. Leave [model] out")
         try:
-            return dataclasses.replace(self, model=model)
+            return dataclasses.replace(self, model=dataclasses.replace(model, **rule))
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -201,7 +208,9 @@ class Trainer:
         if self.t.dtype == "fp8":
             self._use_fp8()
         if cfg.init:
-            self.model.load_state_dict(checkpoint.load_model(cfg.init)[0].state_dict())
+            before = checkpoint.load_model(cfg.init)[0]
+            same = before.config.halting == cfg.model.halting  # else one of them may have a halting head
+            self.model.load_state_dict(before.state_dict(), strict=same)
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         self.ponder = PonderWeight(self.t.ponder_weight, self.t.target_depth, self.t.ponder_rate)
 
@@ -535,52 +544,6 @@ class Trainer:
 
     def device_name(self):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-
-
-class Log:
-    """metrics.jsonl, and Weights & Biases if asked for. On resume, lines after the checkpoint's step are dropped: they
-    are about to be written again."""
-
-    def __init__(self, file, step, project, cfg):
-        try:
-            lines = [json.loads(line) for line in _whole_lines(file)]
-        except ValueError as error:
-            raise ConfigError(f"{file}: damaged ({error}); move it away, and a new one is begun") from None
-        self.lines = [line for line in lines if line["step"] <= step] if step else []
-        rewritten = file.with_suffix(".unfinished")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        rewritten.replace(file)
-        self.file = file.open("a", buffering=1)
-        self.wandb = None
-        if project:
-            try:
-                import wandb
-            except ImportError:
-                raise ConfigError("'train.wandb' is set but wandb is not installed: pip install wandb") from None
-            name = Path(cfg.out).name  # also the id: a resumed run goes on in the same place
-            self.wandb = wandb.init(project=project, name=name, id=name, resume="allow", config=dataclasses.asdict(cfg))
-
-    def evaluations(self):
-        return [line for line in self.lines if line["event"] == "validation" and line["loss"] is not None]
-
-    def write(self, event, step, values):
-        self.lines.append({"event": event, "step": step} | _finite(values))
-        self.file.write(json.dumps(self.lines[-1]) + "\n")
-        if self.wandb:
-            self.wandb.log({event: values}, step=step)
-
-
-def _finite(value):
-    """JSON has no NaN and no infinity: a bad step logs null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _whole_lines(file):
-    """The lines of a file that end in a newline: a killed run can leave half a line."""
-    text = file.read_text() if file.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
 
 
 class StopSignal:

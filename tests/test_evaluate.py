@@ -251,12 +251,13 @@ def test_the_wall_is_the_best_memory_with_a_longer_one(loss, wall, run_folder, t
 
 def test_a_tolerance_makes_tokens_of_a_fixed_model_halt(tmp_path, write_run, texts, capsys):
     write_run(tmp_path, halting="fixed")
-    depths = []
-    for tolerance in (0, 0.7, 9):
-        argv = ["--data", texts, "--tolerance", tolerance, "--json", tmp_path / "t.json", "--device", "cpu"]
-        assert run(capsys, "perplexity", tmp_path, *argv)[0] == 0
-        depths.append(json.loads((tmp_path / "t.json").read_text())["rows"][0]["macro"]["depth"])
-    assert depths[0] == 4 > depths[1] > depths[2] == 1
+    argv = ["--data", texts, "--tolerance", 0, 0.7, 9, "--depth", 2, "--json", tmp_path / "t.json", "--device", "cpu"]
+    code, out, _ = run(capsys, "perplexity", tmp_path, *argv)
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert code == 0 and [row["tolerance"] for row in rows] == [None, 0, 0.7, 9, None] and "tolerance 0.7" in out
+    depths = [row["macro"]["depth"] for row in rows]
+    assert depths[0] == depths[1] == 4 > depths[2] > depths[3] == 1 and depths[4] == 2
+    assert rows[0]["macro"]["nats"] == pytest.approx(rows[1]["macro"]["nats"])
 
 
 def test_bad_input_is_one_line(run_folder, texts, tmp_path, capsys, monkeypatch):
@@ -265,6 +266,7 @@ def test_bad_input_is_one_line(run_folder, texts, tmp_path, capsys, monkeypatch)
         (["perplexity", run_folder], "prepared: no such file or folder"),  # the checkpoint's own data is gone
         (["perplexity", run_folder, "--data", tmp_path / "no"], "no such file or folder"),
         (["perplexity", run_folder, "--data", texts, "--depth", 2, 9], "--depth 9 is outside 1..4"),
+        (["perplexity", run_folder, "--data", texts, "--tolerance", 0.1], "--tolerance 0.1 is for models without"),
         (["perplexity", run_folder, "--data", texts, "--sliding", 65], "--sliding 65 must lie in 1..64"),
         (["perplexity", run_folder, "--data", texts, "--domains", "song"], "no domain 'song'; it has tale, verse"),
         (["perplexity", run_folder, "--data", texts, "--tokens", 0], "--tokens 0"),

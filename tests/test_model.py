@@ -1,6 +1,7 @@
 """The invariants of the model: what recurrence, halting and memory may and may not change."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ VARIANTS = {
     "plain": {"injection": "none", "step_gains": False},
     "across documents": {"cross_documents": True},
     "stability": {"halting": "stability", "tolerance": 0.6},
+    "exit": {"halting": "exit", "tolerance": 1.2},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -225,6 +227,42 @@ def test_stable_states_halt_with_their_newest_state():
     out = build(halting="stability", tolerance=0.6)(tokens)
     assert len(out.depth.unique()) > 1  # the check sees several depths
     assert torch.equal(out.weights, torch.nn.functional.one_hot(out.depth - 1, len(out.weights)).movedim(-1, 0).float())
+
+
+def test_the_exit_head_learns_what_going_on_wins():
+    """Its error is that of its expectation at every step but the last, and nothing else has a gradient."""
+    model, tokens = build(halting="exit"), text(length=41)
+    tokens, targets, N = tokens[:, :-1], tokens[:, 1:], model.config.max_depth
+    with torch.no_grad():
+        forced = [model(tokens, targets, depth=n) for n in range(1, N + 1)]
+        gains = torch.stack([out.nll - forced[-1].nll for out in forced[:-1]])
+        torch.nn.init.zeros_(model.halting.weight)
+    out = model(tokens, targets)
+    assert out.loss.item() == pytest.approx((model.halting.bias.detach() - gains).square().mean().item(), rel=1e-4)
+    assert torch.equal(out.nll, forced[-1].nll) and (out.depth == N).all()
+    out.loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"halting.weight", "halting.bias"}
+    optimizer = torch.optim.Adam(model.halting.parameters(), lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = model(tokens, targets).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.9 * (gains - gains.mean()).square().mean()  # more than a constant knows
+    with torch.no_grad():
+        value = torch.stack([model.halting_value(h) for h in states_of(model, tokens)])
+        model.config = replace(model.config, tolerance=value[0].median().item())
+        taken = model(tokens).depth
+        assert (taken[value[0] < model.config.tolerance] == 1).all() and (
+            taken[value[0] >= model.config.tolerance] > 1
+        ).all()
+
+
+def states_of(model, tokens):
+    states = []
+    model(tokens, depth=model.config.max_depth, states=states)
+    return states
 
 
 def test_the_ponder_cost_has_gradient_through_the_remainder():

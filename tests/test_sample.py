@@ -411,7 +411,7 @@ def test_the_checkpoint_is_found_and_named(run_folder, chat_folder, capsys, monk
         (["--memory", "-1"], "--memory -1"),
         (["--depth", "5"], "--depth 5 is outside 1..4"),
         (["--depth", "0"], "--depth 0 is outside 1..4"),
-        (["--tolerance", "0.1"], "--tolerance 0.1 is for models without a halting head"),
+        (["--tolerance", "0.1"], "--tolerance 0.1 is for models without a head for ACT"),
         (["--device", "abacus"], "the device 'abacus'"),
         (["--device", "cuda:99"], "the device 'cuda:99'"),
         (["--checkpoint", "nowhere"], "nowhere: no such folder"),

@@ -353,6 +353,33 @@ def test_a_drawn_depth_is_that_of_all_tokens(workplace, monkeypatch):
     assert 1 <= lines[-1]["macro"]["depth"] <= 3
 
 
+def test_an_exit_head_is_trained_on_a_frozen_model(workplace, monkeypatch, capsys):
+    """Of a model without one; the same command goes on after a stop, and the head's rule decides in the evaluation."""
+    base = ["--train.sampled_depth=2", "--train.target_depth=0", "--train.ponder_weight=0", "--model.halting=fixed"]
+    assert run(monkeypatch, *base, "--out=./base") == 0
+    text = CONFIG.split("[model]")[0] + 'init = "./base"\n[model]\nhalting = "exit"\ntolerance = 0.01\n'
+    text += "[data]" + CONFIG.split("[data]")[1].replace("target_depth = 2.0", "").replace("ponder_weight = 0.01", "")
+    (workplace / "tiny.toml").write_text(text)
+    step = train.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", interrupted)
+        assert run(monkeypatch, "--optim.adamw_lr=0.1") == 0
+    assert run(monkeypatch, "--optim.adamw_lr=0.1") == 0 and "going on from" in capsys.readouterr().out
+    before, after = (checkpoint.load_model(name)[0].state_dict() for name in ("./base", "./run"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert after.keys() - before.keys() == {"halting.weight", "halting.bias"} and after["halting.weight"].any()
+    objective = [line["objective"] for line in curve(workplace / "run") if line["event"] == "train"]
+    assert len(objective) == STEPS and objective[-1] < objective[0]
+    assert run(monkeypatch, "--model.hidden=48", "--out=other") == 2
+    assert "is of another architecture" in capsys.readouterr().err
+
+
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = RecurrentTransformer(config.load(ROOT / "configs/demo.toml", train.Config).model)
     optimizers = train.build_optimizers(model, train.OptimConfig())
