@@ -257,20 +257,23 @@ class RecurrentTransformer(nn.Module):
 
     def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None, states=None):
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
-        rule, or k to make every token take exactly k steps (no token halts before). weights: (B, T) float32 of the
-        tokens in the loss; None: their mean; or a function that makes the loss, a scalar, of nll (B, T). spans: what
-        `spans(tokens, memory)` returned, where it was worked out ahead. states: a list to append every step's state to.
-        Returns `Output`. With `halting = exit`, gradients and targets, its loss is that of `learn_exit`.
+        rule; or k to make every token take exactly k steps (no token halts before), or one k for each, (B, T) int64 on
+        the host. weights: (B, T) float32 of the tokens in the loss; None: their mean; or a function that makes the
+        loss, a scalar, of nll (B, T). spans: what `spans(tokens, memory)` returned, where it was worked out ahead.
+        states: a list to append every step's state to. Returns `Output`. With `halting = exit`, gradients and targets,
+        its loss is that of `learn_exit`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
         """
         N, R = self.config.max_depth, self.config.recur
-        if depth is not None and not 1 <= depth <= N:
-            raise ValueError(f"depth must lie in 1..{N}, not {depth}")
+        own = isinstance(depth, torch.Tensor)  # a depth for each token
+        for k in depth.aminmax() if own else [depth]:
+            if k is not None and not 1 <= k <= N:
+                raise ValueError(f"depth must lie in 1..{N}, not {int(k)}")
         if self.config.halting == "exit" and torch.is_grad_enabled() and targets is not None:
             return self.learn_exit(tokens, targets, memory, weights, spans)
-        steps, adaptive = depth or N, self.config.halting != "fixed" and depth is None
+        steps, adaptive = (int(depth.max()) if own else depth or N), self.config.halting != "fixed" and depth is None
         device = self.embedding.weight.device
         training = torch.is_grad_enabled() and targets is not None
         gemms = self._prepare(training)
@@ -289,7 +292,7 @@ class RecurrentTransformer(nn.Module):
 
         state = kvs = None
         e, h = h, h.clone()  # not one tensor under two names, which would be a graph of its own
-        if adaptive or self.config.halting == "act":
+        if adaptive or own or self.config.halting == "act":
             state = ActState.start(tokens, h)
             shape = (*h.shape[:-1], self.config.heads, -1)
             none = partial(torch.zeros_like, h, requires_grad=h.requires_grad)  # as later keys and values will
@@ -298,6 +301,9 @@ class RecurrentTransformer(nn.Module):
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
         thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
         thresholds[-1:].fill_(-math.inf)  # a number assigned would wait for the device
+        if own:
+            last = depth.to(device, non_blocking=True) == torch.arange(1, steps + 1, device=device)[:, None, None]
+            thresholds = torch.where(last, -math.inf, math.inf)
         gains = [[None] * R] * N if self.gains is None else [g.unbind() for g in self.gains.unbind()]
         inject = self.inject.unbind() if self.config.injection == "gain" else [None] * N
         for n in range(steps):
@@ -398,7 +404,8 @@ class RecurrentTransformer(nn.Module):
             kvs.append(kv)
         if state is None:
             return h, kvs, None, None
-        state, weight = state.advance(h, self.halting_probability(h, before), threshold)
+        weighted = self.config.halting == "act"
+        state, weight = state.advance(h, self.halting_probability(h, before), threshold, weighted)
         return h, kvs, state, weight
 
     def packed_step(
@@ -421,7 +428,7 @@ class RecurrentTransformer(nn.Module):
             kvs.append((k, v))
         parts = [getattr(state, field.name).flatten(0, 1) for field in fields(ActState)]
         own, weight = ActState(*(part[index] for part in parts)).advance(
-            x, self.halting_probability(x, before), threshold
+            x, self.halting_probability(x, before), threshold, self.config.halting == "act"
         )
         news = [getattr(own, field.name) for field in fields(ActState)]
         state = ActState(*(old.index_copy(0, index, new).unflatten(0, (B, T)) for old, new in zip(parts, news)))
@@ -446,7 +453,9 @@ class RecurrentTransformer(nn.Module):
         return h
 
     def halting_probability(self, h, before):
-        """p_n of states h (B, T, D), and of those of the step before, as (B, T) float32; 0 or 1 without a head."""
+        """p_n of states h (B, T, D), and of those of the step before, as (B, T) float32; 0 or 1 but for ACT."""
+        if self.config.halting == "fixed":
+            return torch.zeros_like(h[..., 0], dtype=torch.float32)
         if self.config.halting == "exit":
             return (self.halting_value(h) < self.config.tolerance).float()
         if self.config.halting == "stability":
@@ -551,12 +560,14 @@ class ActState:
         active = torch.ones_like(tokens, dtype=torch.bool)
         return ActState(out, number(fill_value=1.0), active, torch.zeros_like(tokens), number(fill_value=0.0))
 
-    def advance(self, h, p, threshold):
+    def advance(self, h, p, threshold, weighted=True):
         """The state after a step that gave states h and halting probabilities p (B, T). Returns it and the weights w_n.
 
-        A token halts when its probabilities reach `threshold`; it then gets the whole remainder (equation 6)."""
+        A token halts when its probabilities reach `threshold`, of its own or of all; it then gets the whole remainder
+        (equation 6). weighted: before that, p; else nothing, and the output is the newest state."""
         halts = self.active & (1 - self.remainder + p >= threshold)
-        weight = torch.where(halts, self.remainder, torch.minimum(p, self.remainder) * self.active)
+        before = torch.minimum(p, self.remainder) * self.active if weighted else 0.0
+        weight = torch.where(halts, self.remainder, before)
         out = self.out + weight[..., None] * h
         at_halt = self.remainder_at_halt + torch.where(halts, self.remainder, 0.0)
         state = ActState(out, self.remainder - weight, self.active & ~halts, self.depth + self.active, at_halt)

@@ -293,11 +293,11 @@ class DPO(Stage):
 STAGES = {"pretrain": Pretrain, "sft": SFT, "dpo": DPO}
 
 
-def draw_depth(mean, most, random, sigma=0.5):
-    """A depth in 1..most, one more than a Poisson variable whose rate is log-normal (Geiping et al. 2025, arXiv
-    2502.05171, section 3.3); before the cut at `most` its mean is `mean`."""
-    rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma)
-    return min(1 + int(random.poisson(rate)), most)
+def draw_depth(mean, most, random, shape=(), sigma=0.5):
+    """Depths in 1..most of some shape, one more than a Poisson variable whose rate is log-normal (Geiping et al. 2025,
+    arXiv 2502.05171, section 3.3); before the cut at `most` the mean is `mean`."""
+    rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma, shape)
+    return np.minimum(1 + random.poisson(rate), most)
 
 
 def fingerprint(model):

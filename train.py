@@ -53,7 +53,8 @@ class TrainConfig:
     ponder_weight: float = 0.0  # lambda in `cross-entropy + lambda * (steps + remainder)`; its start with target_depth
     target_depth: float = 0.0  # mean steps a token to steer lambda to; 0: lambda stays
     ponder_rate: float = 1e-4  # how fast it is steered, per step of training and step of depth
-    sampled_depth: float = 0.0  # mean of a depth drawn for every step, the same for all tokens; 0: the model's own
+    sampled_depth: float = 0.0  # mean of a depth that is drawn; 0: the model's own
+    sampled_by: Literal["step", "token"] = "step"  # one for all tokens of a step, or each token its own
     max_bad_steps: int = 20  # stop after so many steps in a row with a non-finite loss or gradient
     checkpoint_interval: int = 1000  # in steps
     keep: int = 2  # newest checkpoints kept, beside the best
@@ -268,14 +269,16 @@ class Trainer:
         stage, groups = self.stage, len(self.stage.groups)
         sums = torch.zeros(groups + 2, 3, device=self.device, dtype=torch.float64)
         own = torch.zeros(len(stage.names), device=self.device, dtype=torch.float64)
-        context, depth = 0.0, stage.depth
+        context, depths = 0.0, [stage.depth] * len(parts)
         if self.t.sampled_depth:
             random = np.random.default_rng([self.t.seed, self.step])
-            depth = draw_depth(self.t.sampled_depth, self.cfg.model.max_depth, random)
+            shape = (self.t.batch_size, self.t.segment) if self.t.sampled_by == "token" else ()
+            drawn = draw_depth(self.t.sampled_depth, self.cfg.model.max_depth, random, shape)
+            depths = torch.from_numpy(drawn[stage.rows]).split(self.micro) if shape else [int(drawn)] * len(parts)
         for i, part in enumerate(parts):
             synced = i == len(parts) - 1 or self.world == 1
             with nullcontext() if synced else self.wrapped.no_sync():
-                out = self.wrapped(part.tokens, part.targets, self.memories[i], depth, part.weights, spans[i])
+                out = self.wrapped(part.tokens, part.targets, self.memories[i], depths[i], part.weights, spans[i])
                 objective = out.loss
                 if self.ponder.value:
                     objective = objective + self.ponder.value * out.ponder.mean()

@@ -218,6 +218,29 @@ def test_every_forced_depth_takes_exactly_that_many_steps(changes):
 
 
 @torch.no_grad()
+@variants
+def test_tokens_with_one_depth_each_are_frozen_there(changes):
+    """All of one depth: as if it was forced. Else a token's state is that of its own depth, and later tokens see the
+    keys and values that it had there."""
+    model, tokens = build(**changes), text()
+    N = model.config.max_depth
+    for k in (1, N):
+        out = model(tokens, depth=torch.full_like(tokens, k))
+        torch.testing.assert_close(out.logits, model(tokens, depth=k).logits, atol=1e-5, rtol=0)
+    depth = torch.randint(1, N + 1, tokens.shape, generator=torch.Generator().manual_seed(0))
+    out = model(tokens, depth=depth)
+    assert torch.equal(out.depth, depth)
+    if not model.config.coda and model.config.halting != "act":
+        first = (depth == depth[:, :1]).int().cumprod(1).bool()  # the tokens of a row before any of another depth
+        for k in range(1, N + 1):
+            rows = first & (depth == k)
+            forced = model(tokens, depth=k).logits
+            torch.testing.assert_close(out.logits[rows], forced[rows], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="depth must lie in"):
+        model(tokens, depth=depth - 1)
+
+
+@torch.no_grad()
 def test_stable_states_halt_with_their_newest_state():
     tokens, fixed = text(), build(halting="fixed")
     for tolerance, depth in ((0.0, 5), (9.0, 1)):

@@ -353,6 +353,16 @@ def test_a_drawn_depth_is_that_of_all_tokens(workplace, monkeypatch):
     assert 1 <= lines[-1]["macro"]["depth"] <= 3
 
 
+def test_every_token_can_draw_a_depth_of_its_own(workplace, monkeypatch):
+    settings = ["--train.sampled_depth=2", "--train.sampled_by=token", "--train.target_depth=0"]
+    assert run(monkeypatch, *settings, "--model.halting=fixed", "--train.micro_batch=4", "--out=whole") == 0
+    assert run(monkeypatch, *settings, "--model.halting=fixed") == 0
+    whole, parts = (curve(workplace / name) for name in ("whole", "run"))
+    depths = [line["depth"] for line in whole if line["event"] == "train"]
+    assert 1.5 < np.mean(depths) < 2.5 and sum(depth % 1 > 0 for depth in depths) > STEPS / 2  # of different tokens
+    assert depths == [line["depth"] for line in parts if line["event"] == "train"]
+
+
 def test_an_exit_head_is_trained_on_a_frozen_model(workplace, monkeypatch, capsys):
     """Of a model without one; the same command goes on after a stop, and the head's rule decides in the evaluation."""
     base = ["--train.sampled_depth=2", "--train.target_depth=0", "--train.ponder_weight=0", "--model.halting=fixed"]
