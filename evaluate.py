@@ -170,9 +170,9 @@ def perplexity(args):
     if args.sliding is not None and not 1 <= args.sliding <= window:
         raise InputError(f"--sliding {args.sliding} must lie in 1..{window}, the window (segment + memory)")
     domains, table = read_domains(args, meta), [["", "domain", "nats", "bits/byte", "perplexity", "depth", "tokens"]]
+    rules = [(None, None), *((None, x) for x in args.tolerances or []), *((k, None) for k in args.depths or [])]
     rows = []
     for sliding in (None, args.sliding) if args.sliding else (None,):
-        rules = [(None, None), *((None, x) for x in args.tolerances or []), *((k, None) for k in args.depths or [])]
         for depth, tolerance in rules:
             model.config = own
             label = f"sliding {sliding} of {window}" if sliding else f"memory {args.memory}"

@@ -154,51 +154,38 @@ if triton is not None:
         bits = tl.clamp(x, -57344.0, 57344.0).to(tl.float16).to(tl.uint16, bitcast=True)
         return ((bits + 0x7F + ((bits >> 8) & 1)) >> 8).to(tl.uint8)
 
-    # The same, four numbers at a time, two in a register: $1 and $2 in float16, $0 the four bytes.
+    def _rounding(largest, last, tail=""):
+        """The same in PTX, four numbers at a time, two in a register: $1 and $2 in float16, $0 the four bytes. largest:
+        the bits of the largest number; last: the last bit that is kept; tail: what brings bytes to the upper half."""
+        twice = lambda bits: f"0x{bits << 16 | bits:08X}"  # noqa: E731
+        return tl.constexpr(f"""{{
+            .reg .b32 a, b, s, t, high, low;
+            mov.b32 high, {twice(largest)};
+            mov.b32 low, {twice(largest | 0x8000)};
+            min.f16x2 a, $1, high;
+            min.f16x2 b, $2, high;
+            max.f16x2 a, a, low;
+            max.f16x2 b, b, low;
+            shr.b32 s, a, {last};
+            shr.b32 t, b, {last};
+            and.b32 s, s, {twice(1)};
+            and.b32 t, t, {twice(1)};
+            add.u32 s, s, {twice((1 << last - 1) - 1)};
+            add.u32 t, t, {twice((1 << last - 1) - 1)};
+            add.u32 s, s, a;
+            add.u32 t, t, b;
+            {tail}
+            prmt.b32 $0, s, t, 0x7531;
+        }}""")
 
-    TO_E5M2 = tl.constexpr("""{
-        .reg .b32 a, b, s, t, high, low;
-        mov.b32 high, 0x7B007B00;
-        mov.b32 low, 0xFB00FB00;
-        min.f16x2 a, $1, high;
-        min.f16x2 b, $2, high;
-        max.f16x2 a, a, low;
-        max.f16x2 b, b, low;
-        shr.b32 s, a, 8;
-        shr.b32 t, b, 8;
-        and.b32 s, s, 0x00010001;
-        and.b32 t, t, 0x00010001;
-        add.u32 s, s, 0x007F007F;
-        add.u32 t, t, 0x007F007F;
-        add.u32 s, s, a;
-        add.u32 t, t, b;
-        prmt.b32 $0, s, t, 0x7531;
-    }""")
-
-    TO_E4M3 = tl.constexpr("""{
-        .reg .b32 a, b, s, t, high, low;
-        mov.b32 high, 0x3F003F00;
-        mov.b32 low, 0xBF00BF00;
-        min.f16x2 a, $1, high;
-        min.f16x2 b, $2, high;
-        max.f16x2 a, a, low;
-        max.f16x2 b, b, low;
-        shr.b32 s, a, 7;
-        shr.b32 t, b, 7;
-        and.b32 s, s, 0x00010001;
-        and.b32 t, t, 0x00010001;
-        add.u32 s, s, 0x003F003F;
-        add.u32 t, t, 0x003F003F;
-        add.u32 s, s, a;
-        add.u32 t, t, b;
-        shl.b32 s, s, 1;
-        shl.b32 t, t, 1;
-        and.b32 a, a, 0x80008000;
-        and.b32 b, b, 0x80008000;
-        or.b32 s, s, a;
-        or.b32 t, t, b;
-        prmt.b32 $0, s, t, 0x7531;
-    }""")
+    TO_E5M2 = _rounding(0x7B00, 8)
+    TO_E4M3 = _rounding(0x3F00, 7, """
+            shl.b32 s, s, 1;
+            shl.b32 t, t, 1;
+            and.b32 a, a, 0x80008000;
+            and.b32 b, b, 0x80008000;
+            or.b32 s, s, a;
+            or.b32 t, t, b;""")  # fmt: skip
 
     # Of float32, without the code for results that are too small for a normal number: those are 0.
 

@@ -61,8 +61,9 @@ def guard(optimizers, norm, finite, limit):
     """Make the next step of `optimizers` clip gradients of the total `norm` to `limit`, or change nothing at all unless
     `finite`, both 0-d tensors. It is decided on the device, by the protocol of `torch.amp.GradScaler`: a host that had
     to know would wait for the backward pass, and the device then for the host."""
+    scale, skip = (norm / limit).clamp(min=1).float(), (~finite).float()
     for optimizer in optimizers:
-        optimizer.grad_scale, optimizer.found_inf = (norm / limit).clamp(min=1).float(), (~finite).float()
+        optimizer.grad_scale, optimizer.found_inf = scale, skip
 
 
 def read_later(tensor):

@@ -126,11 +126,9 @@ def test_kernels_compile_for_other_gpus(capability):
         (kernels._quantize_weight_kernel, [full, full, low, low], dict(BLOCK=64)),
     ):
         constants |= {"ASSEMBLY": True} | ({"E4M3": True} if "E4M3" in kernel.arg_names else {})
-        names = [name for name in kernel.arg_names if name not in constants]
-        signature = dict(zip(names, types + ["i32"] * (len(names) - len(types)))) | dict.fromkeys(
-            constants, "constexpr"
-        )
-        source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
+        sizes = len(kernel.arg_names) - len(types) - len(constants)  # which stand between pointers and constants
+        types += ["i32"] * sizes + ["constexpr"] * len(constants)
+        source = ASTSource(kernel, dict(zip(kernel.arg_names, types)), constants)
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
