@@ -158,7 +158,7 @@ if triton is not None:
         """The same in PTX, four numbers at a time, two in a register: $1 and $2 in float16, $0 the four bytes. largest:
         the bits of the largest number; last: the last bit that is kept; tail: what brings bytes to the upper half."""
         twice = lambda bits: f"0x{bits << 16 | bits:08X}"  # noqa: E731
-        return tl.constexpr(f"""{{
+        text = f"""{{
             .reg .b32 a, b, s, t, high, low;
             mov.b32 high, {twice(largest)};
             mov.b32 low, {twice(largest | 0x8000)};
@@ -176,7 +176,8 @@ if triton is not None:
             add.u32 t, t, b;
             {tail}
             prmt.b32 $0, s, t, 0x7531;
-        }}""")
+        }}"""
+        return tl.constexpr(" ".join(text.split()))  # one line: torch.compile writes it into a file as a string
 
     TO_E5M2 = _rounding(0x7B00, 8)
     TO_E4M3 = _rounding(0x3F00, 7, """
