@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import attention
 import data
 import fp8
+import kernels
 from memory import Memory, Spans
 
 
@@ -159,29 +160,19 @@ class Block(nn.Module):
         segment's (keys, values) at the step before, kept where `active` (B, T) is false. Returns x and the (keys,
         values)."""
         gains = (1, 1, 1, 1) if gains is None else gains.to(x.dtype)
-        q, k, v = self.project(x, gains, rope, gemms)
-        if frozen is not None:
-            k, v = (torch.where(active[..., None, None], new, old) for new, old in zip((k, v), frozen))
+        q, k, v = self.project(x, gains, rope, gemms, frozen, active)
         return self.finish(x, spans.attend(q, k, v, past), gains, gemms, recompute), (k, v)
 
-    def project(self, x, gains, rope, gemms=()):
-        """Queries, keys and values (..., H, d) of x (..., D), the first two rotated."""
+    def project(self, x, gains, rope, gemms=(), frozen=None, active=None):
+        """Queries, keys and values (..., T, H, d) of x (..., T, D), see `kernels.heads`."""
         qkv = fp8.linear(norm(x) * gains[0], self.w_qkv, *gemms, site=0)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return rotate(norm(q), rope), rotate(norm(k), rope), v
+        return kernels.heads(qkv.unflatten(-1, (3, self.heads, -1)), rope, frozen, active)
 
     def finish(self, x, attended, gains, gemms=(), recompute=False):
         """x (..., D) after the two branches; attended: (..., H, d)."""
         x = x + gains[1] * fp8.linear(attended.flatten(-2), self.w_output, *gemms, site=1)
         mlp = partial(checkpoint, fp8.mlp, use_reentrant=False) if recompute else fp8.mlp
         return x + gains[3] * mlp(norm(x) * gains[2], self.w_gate_up, self.w_down, *gemms)
-
-
-def rotate(x, rope):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (B, T, H, d); rope: cos and sin, (T, 1, d/2)."""
-    cos, sin = rope
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 class RecurrentTransformer(nn.Module):

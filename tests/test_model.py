@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import config
 import train
-from model import ModelConfig, PonderWeight, RecurrentTransformer, norm, rotate
+from kernels import rotate
+from model import ModelConfig, PonderWeight, RecurrentTransformer, norm
 
 V, START = 97, 0  # a small vocabulary; token 0 opens a document
 
