@@ -555,9 +555,9 @@ def test_a_capacity_is_a_graph(monkeypatch):
     asked, capacity = [], model._capacity
     monkeypatch.setattr(model, "_capacity", lambda *a: asked.append(capacity(*a)) or asked[-1])
 
-    def train(depth):
+    def train(depth, length=8):
         """Of two segments whose tokens take the steps `depth`, each an equal share of them."""
-        memory, depth = model.new_memory(2, 8), torch.tensor(depth).repeat_interleave(32 // len(depth)).expand(2, 32)
+        memory, depth = model.new_memory(2, length), torch.tensor(depth).repeat_interleave(32 // len(depth)).expand(2, 32)
         for _ in range(2):
             out = model(tokens[:, :-1], tokens[:, 1:], memory, depth)
             out.loss.backward()
@@ -568,6 +568,7 @@ def test_a_capacity_is_a_graph(monkeypatch):
     assert train([1, 5]) == dense + 1 and set(asked) == {None, 32}
     assert train([1, 2, 3, 5]) == dense + 3 and set(asked) == {None, 48, 32, 16}
     assert train([1, 1, 2, 4]) == train([3, 3, 1, 3]) == dense + 3
+    assert train([1, 2, 3, 5], length=24) == dense + 4  # only the attention knows of memory
     torch._dynamo.reset()
 
 
