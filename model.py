@@ -340,7 +340,7 @@ class RecurrentTransformer(nn.Module):
                 if not len(index):
                     break
                 index = self._packed(index, tokens.numel())
-            elif packs:  # own depths are known here, on the host
+            elif packs and n + 1 < steps:  # own depths are known here, on the host
                 number = read_later((depth > n + 1 if own else state.active).sum())
                 capacity = partial(self._capacity, number, tokens.numel())
         # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;

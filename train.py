@@ -216,7 +216,8 @@ class Trainer:
         torch.set_float32_matmul_precision("high")
 
         self.model = RecurrentTransformer(cfg.model, dtype).to(self.device)
-        self.model.capacities = self.t.capacities
+        if cfg.model.halting != "fixed" or self.t.sampled_by == "token":  # else no token halts before the others
+            self.model.capacities = self.t.capacities
         compiled = self.t.compile == "on" or self.t.compile == "auto" and on_cuda
         if compiled:
             self.model.compile()

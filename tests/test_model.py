@@ -557,7 +557,8 @@ def test_a_capacity_is_a_graph(monkeypatch):
 
     def train(depth, length=8):
         """Of two segments whose tokens take the steps `depth`, each an equal share of them."""
-        memory, depth = model.new_memory(2, length), torch.tensor(depth).repeat_interleave(32 // len(depth)).expand(2, 32)
+        memory = model.new_memory(2, length)
+        depth = torch.tensor(depth).repeat_interleave(32 // len(depth)).expand(2, 32)
         for _ in range(2):
             out = model(tokens[:, :-1], tokens[:, 1:], memory, depth)
             out.loss.backward()
