@@ -136,7 +136,8 @@ def Linear(fan_in, fan_out):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: causal attention with QK-norm and rotary positions, then SwiGLU."""
+    """A pre-norm transformer block: causal attention with QK-norm and rotary positions (`attend`), then SwiGLU
+    (`finish`)."""
 
     def __init__(self, config):
         super().__init__()

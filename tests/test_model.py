@@ -376,6 +376,17 @@ def test_where_no_token_halts_nothing_is_packed(changes, monkeypatch):
     model(tokens[:, :-1], tokens[:, 1:], depth=None if changes else 3).loss.backward()
 
 
+def test_the_host_waits_for_the_number_of_active_tokens_behind_the_attention(monkeypatch):
+    """Then the device has something to do meanwhile; before the first step there is nothing to wait for."""
+    model, tokens, order = build(halting_bias=0.0), text(), []
+    model.capacities = (0.5,)
+    for name in ("begin", "_capacity", "complete"):
+        part = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *a, name=name, part=part: order.append(name) or part(*a))
+    model(tokens[:, :-1], tokens[:, 1:])
+    assert order == ["begin", "complete"] + 4 * ["begin", "_capacity", "complete"]
+
+
 def test_packed_are_the_active_tokens_and_then_others():
     active = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
     packed, x = Packed.of(active, 5), torch.randn(8, 3, dtype=torch.double, requires_grad=True)
