@@ -1,4 +1,4 @@
-"""Kernels of FP8 training: rounding, transposing, SwiGLU and softmax in as few passes over memory as they need.
+"""Kernels around the GEMMs of training: rounding, transposing, SwiGLU, softmax, and the heads that attention reads.
 
 A GEMM in FP8 is so fast that what surrounds it decides, and that is bound by memory: each kernel reads its input once
 and writes FP8 in every layout that a GEMM will want, with the largest value seen (amax) on the side. Beside each kernel
@@ -16,7 +16,7 @@ except ImportError:  # PyTorch for the CPU comes without
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-
+TILES = {"swiglu gradient": (64, 64, 8), "heads": (64, 4), "heads gradient": (64, 4)}  # sizes, and warps
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # in tests
 assembly = not INTERPRETED  # whether kernels may use PTX; `fp8.self_test` turns it off where that goes wrong
@@ -106,6 +106,27 @@ def quantize_transpose(x, scale, dtype=E4M3):
     return rounded, rounded_t, amax.amax()
 
 
+def rotate(x, rope):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (..., T, H, d); rope: cos and sin, (T, 1, d/2)."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def heads(qkv, rope, frozen=None, active=None):
+    """Queries, keys and values (..., T, H, d) of qkv (..., T, 3, H, d): the first two normalised (RMS) and rotated, see
+    `rotate`. frozen: (keys, values) to keep where `active` (..., T) is false. Differentiable in qkv and frozen."""
+    d = qkv.shape[-1]
+    if on_kernels(qkv) and d & (d - 1) == 0:
+        keys, values = frozen or (None, None)
+        return _heads(qkv.contiguous(), *rope, keys, values, active)
+    q, k, v = qkv.unbind(-3)
+    q, k = (rotate(F.rms_norm(x, (d,)), rope) for x in (q, k))
+    if frozen is not None:
+        k, v = (torch.where(active[..., None, None], new, old) for new, old in zip((k, v), frozen))
+    return q, k, v
+
+
 def quantize_weight(weight, scale, out, out_t):
     """Round weight (m, n) float32 into out (m, n) and out_t (n, m), views of E4M3, in one read."""
     if not on_kernels(weight):
@@ -158,7 +179,7 @@ if triton is not None:
         """The same in PTX, four numbers at a time, two in a register: $1 and $2 in float16, $0 the four bytes. largest:
         the bits of the largest number; last: the last bit that is kept; tail: what brings bytes to the upper half."""
         twice = lambda bits: f"0x{bits << 16 | bits:08X}"  # noqa: E731
-        return tl.constexpr(f"""{{
+        text = f"""{{
             .reg .b32 a, b, s, t, high, low;
             mov.b32 high, {twice(largest)};
             mov.b32 low, {twice(largest | 0x8000)};
@@ -176,7 +197,8 @@ if triton is not None:
             add.u32 t, t, b;
             {tail}
             prmt.b32 $0, s, t, 0x7531;
-        }}""")
+        }}"""
+        return tl.constexpr(" ".join(text.split()))  # one line: torch.compile writes it into a file as a string
 
     TO_E5M2 = _rounding(0x7B00, 8)
     TO_E4M3 = _rounding(0x3F00, 7, """
@@ -310,6 +332,77 @@ if triton is not None:
         _store_bytes(out + at, grad, inside)
         _store_transposed(out_t, grad, row, column, m, m, n)
 
+    # One program has some heads of q, k and v, counted through the tokens; rotary pairs are (x[i], x[i + HALF]).
+
+    @triton.jit
+    def _pair(pointer, at, inside, HALF: tl.constexpr):
+        first = tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+        return first, tl.load(pointer + at + HALF, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _store_pair(pointer, at, first, second, inside, HALF: tl.constexpr):
+        tl.store(pointer + at, first, mask=inside)
+        tl.store(pointer + at + HALF, second, mask=inside)
+
+    @triton.jit
+    def _inverse_rms(a, b, HALF: tl.constexpr):
+        mean = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF)
+        return tl.rsqrt(mean + 1.1920929e-07)[:, None]  # as F.rms_norm: the epsilon of float32
+
+    @triton.jit
+    def _places(cos, sin, active, pairs, T, H, FREEZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+        """Where this program's heads lie in qkv and in q; which exist; their cos and sin; which tokens are active."""
+        head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = (head < pairs)[:, None]
+        token, column = head // H, tl.arange(0, HALF)
+        source = ((token * 3 * H + head % H).to(tl.int64) * (2 * HALF))[:, None] + column[None, :]
+        target = (head.to(tl.int64) * (2 * HALF))[:, None] + column[None, :]
+        angle = ((token % T) * HALF)[:, None] + column[None, :]
+        c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+        moves = inside
+        if FREEZE:
+            moves = (tl.load(active + token, mask=head < pairs, other=0) != 0)[:, None]
+        return source, target, inside, c, s, moves
+
+    @triton.jit
+    def _heads_kernel(
+        qkv, cos, sin, keys, values, active, q, k, v, pairs, T, H,
+        FREEZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        source, target, inside, c, s, moves = _places(cos, sin, active, pairs, T, H, FREEZE, HALF, BLOCK)
+        for part in tl.static_range(3):
+            a, b = _pair(qkv, source + part * H * (2 * HALF), inside, HALF)
+            if part < 2:
+                r = _inverse_rms(a, b, HALF)
+                a, b = a * r, b * r
+                a, b = a * c - b * s, a * s + b * c
+            if part > 0 and FREEZE:
+                old_a, old_b = _pair(keys if part == 1 else values, target, inside & ~moves, HALF)
+                a, b = tl.where(moves, a, old_a), tl.where(moves, b, old_b)
+            _store_pair(q if part == 0 else k if part == 1 else v, target, a, b, inside, HALF)
+
+    @triton.jit
+    def _heads_gradient_kernel(
+        qkv, cos, sin, active, dq, dk, dv, d_qkv, d_keys, d_values, pairs, T, H,
+        FREEZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        source, target, inside, c, s, moves = _places(cos, sin, active, pairs, T, H, FREEZE, HALF, BLOCK)
+        for part in tl.static_range(3):
+            a, b = _pair(dq if part == 0 else dk if part == 1 else dv, target, inside, HALF)
+            if part > 0 and FREEZE:
+                old_a, old_b = tl.where(moves, 0.0, a), tl.where(moves, 0.0, b)
+                _store_pair(d_keys if part == 1 else d_values, target, old_a, old_b, inside, HALF)
+                a, b = tl.where(moves, a, 0.0), tl.where(moves, b, 0.0)
+            at = source + part * H * (2 * HALF)
+            if part < 2:
+                x, y = _pair(qkv, at, inside, HALF)
+                r = _inverse_rms(x, y, HALF)
+                x, y = x * r, y * r
+                a, b = a * c + b * s, b * c - a * s
+                along = ((tl.sum(a * x, 1) + tl.sum(b * y, 1)) / (2 * HALF))[:, None]
+                a, b = r * (a - along * x), r * (b - along * y)
+            _store_pair(d_qkv, at, a, b, inside, HALF)
+
     def _grid(m, n, block_m, block_n):
         return triton.cdiv(m, block_m), triton.cdiv(n, block_n)
 
@@ -352,8 +445,7 @@ if triton is not None:
     def _swiglu_gradient_quantize(
         grad: torch.Tensor, gate_up: torch.Tensor, scale: torch.Tensor, grad_scale: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        m, n = grad.shape
-        block = (64, 64)
+        (m, n), (*block, warps) = grad.shape, TILES["swiglu gradient"]
         grid = _grid(m, n, *block)
         wide = torch.empty(m, 2 * n, dtype=dtype, device=grad.device)
         wide_t = torch.empty(2 * n, m, dtype=dtype, device=grad.device)
@@ -362,7 +454,7 @@ if triton is not None:
         kernel = launch(_swiglu_gradient_kernel)
         kernel[grid](
             grad, gate_up, scale, grad_scale, wide, wide_t, product_t, amax, m, n,
-            E4M3=dtype == E4M3, BLOCK_M=block[0], BLOCK_N=block[1], ASSEMBLY=assembly, num_warps=8,
+            E4M3=dtype == E4M3, BLOCK_M=block[0], BLOCK_N=block[1], ASSEMBLY=assembly, num_warps=warps,
         )  # fmt: skip
         return wide, wide_t, product_t, amax
 
@@ -385,6 +477,46 @@ if triton is not None:
         )  # fmt: skip
         return out, out_t
 
+    def _heads(
+        qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor | None,
+        values: torch.Tensor | None, active: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        (T, _, H, d), (block, warps) = qkv.shape[-4:], TILES["heads"]
+        q, k, v = (torch.empty_like(qkv[..., 0, :, :], memory_format=torch.contiguous_format) for _ in "qkv")
+        freeze = keys is not None
+        frozen = (keys.contiguous(), values.contiguous(), active.contiguous()) if freeze else (q, q, q)  # q: not used
+        launch(_heads_kernel)[(triton.cdiv(q.numel(), block * d),)](
+            qkv, cos.contiguous(), sin.contiguous(), *frozen, q, k, v, q.numel() // d, T, H,
+            FREEZE=freeze, HALF=d // 2, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+        return q, k, v
+
+    def _heads_gradient(
+        dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        active: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Of qkv, and of the frozen keys and values, where there are any."""
+        (T, _, H, d), (block, warps) = qkv.shape[-4:], TILES["heads gradient"]
+        dq, dk, dv, d_qkv = dq.contiguous(), dk.contiguous(), dv.contiguous(), torch.empty_like(qkv)
+        freeze = active is not None
+        d_keys, d_values = (torch.empty_like(dk) if freeze else dk.new_empty(0) for _ in "kv")
+        launch(_heads_gradient_kernel)[(triton.cdiv(dq.numel(), block * d),)](
+            qkv, cos.contiguous(), sin.contiguous(), active.contiguous() if freeze else dq, dq, dk, dv, d_qkv, d_keys,
+            d_values, dq.numel() // d, T, H, FREEZE=freeze, HALF=d // 2, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+        return d_qkv, d_keys, d_values
+
+    def _save_heads(ctx, inputs, output):
+        qkv, cos, sin, _, _, active = inputs
+        ctx.save_for_backward(qkv, cos, sin, active)
+
+    def _of_heads(ctx, dq, dk, dv):
+        *saved, active = ctx.saved_tensors
+        d_qkv, d_keys, d_values = _heads_gradient(dq, dk, dv, *saved, active)
+        return d_qkv, None, None, *((None, None) if active is None else (d_keys, d_values)), None
+
+    _heads, _heads_gradient = operator(_heads), operator(_heads_gradient)
+    _heads.register_autograd(_of_heads, setup_context=_save_heads)
     _transpose, _quantize_transpose = operator(_transpose), operator(_quantize_transpose)
     _swiglu_quantize = operator(_swiglu_quantize)
     _swiglu_gradient_quantize = operator(_swiglu_gradient_quantize)

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import attention
 import data
 import fp8
+import kernels
 from halting import ActState, Packed
 from memory import Memory, Spans, read_later
 
@@ -159,16 +160,13 @@ class Block(nn.Module):
         """What the tokens of x (B, T, D) find, (B, T, H, d), and their (keys, values). gains: (4, D), or 1s. past: the
         memory's (keys, values), or None. gemms: (which are in FP8, scales of this use of the block). frozen: this
         segment's (keys, values) at the step before, kept where `active` (B, T) is false."""
-        q, k, v = self.project(x, gains, rope, gemms)
-        if frozen is not None:
-            k, v = (torch.where(active[..., None, None], new, old) for new, old in zip((k, v), frozen))
+        q, k, v = self.project(x, gains, rope, gemms, frozen, active)
         return spans.attend(q, k, v, past), (k, v)
 
-    def project(self, x, gains, rope, gemms=()):
-        """Queries, keys and values (..., H, d) of x (..., D), the first two rotated."""
+    def project(self, x, gains, rope, gemms=(), frozen=None, active=None):
+        """Queries, keys and values (..., T, H, d) of x (..., T, D), see `kernels.heads`."""
         qkv = fp8.linear(norm(x) * gains[0], self.w_qkv, *gemms, site=0)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return rotate(norm(q), rope), rotate(norm(k), rope), v
+        return kernels.heads(qkv.unflatten(-1, (3, self.heads, -1)), rope, frozen, active)
 
     def finish(self, x, attended, gains, gemms=(), recompute=False, packed=None):
         """x (..., D) after the two branches; attended: (..., H, d). recompute: gate and up of the SwiGLU, in the
@@ -183,13 +181,6 @@ class Block(nn.Module):
 def unit(gains, dtype):
     """gains (4, D) in `dtype`, or 1s where there are none."""
     return (1, 1, 1, 1) if gains is None else gains.to(dtype)
-
-
-def rotate(x, rope):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (B, T, H, d); rope: cos and sin, (T, 1, d/2)."""
-    cos, sin = rope
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 class RecurrentTransformer(nn.Module):

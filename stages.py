@@ -60,6 +60,7 @@ class DPOConfig:
     beta: float = 0.1  # how far the policy may move from the reference: the smaller, the farther
     loss: Literal["sigmoid", "sigmoid_norm"] = "sigmoid"  # sigmoid_norm: of log-probabilities per token of the answer
     label_smoothing: float = 0.0  # share of the pairs that are expected to be the wrong way round
+    length: float = 0.0  # what every token by which the chosen answer is longer adds to the margin in the loss
     sft: float = 0.0  # weight of the chosen answers' cross-entropy per token, added to the loss
     depth: int = 0  # steps of every token, in policy and reference; 0: the model's maximum
 
@@ -68,8 +69,8 @@ class DPOConfig:
             raise ValueError(f"'beta' must be above 0, not {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"'label_smoothing' must lie in [0, 0.5), not {self.label_smoothing}")
-        if self.sft < 0 or self.depth < 0:
-            raise ValueError("'sft' and 'depth' must not be negative")
+        if min(self.sft, self.depth, self.length) < 0:
+            raise ValueError("'sft', 'depth' and 'length' must not be negative")
 
 
 class Part(NamedTuple):
@@ -316,7 +317,9 @@ class PairLoss:
         -log sigmoid(beta * (pi(chosen) - pi(rejected)))            equation 7 of Rafailov et al.
 
     or with label smoothing s (Mitchell 2023, conservative DPO), (1 - s) of that and s of the same with the sides
-    exchanged. sigmoid_norm: pi per token of the answer (Lambert et al. 2024, arXiv 2411.15124, section 5.1.2).
+    exchanged. sigmoid_norm: pi per token of the answer (Lambert et al. 2024, arXiv 2411.15124, section 5.1.2). length:
+    a longer chosen answer starts with a margin and has less to teach, a shorter one more (R-DPO, Park et al. 2024,
+    arXiv 2403.19159): what is left does not reward length as such.
     reference: (n, 2). share, sft_share: what a pair, and a token of a chosen answer, weigh in the result.
     """
 
@@ -341,7 +344,8 @@ class PairLoss:
             ratios = ratios / lengths
         rewards = dpo.beta * ratios
         margins = rewards[:, 0] - rewards[:, 1]
-        losses = -(1 - dpo.label_smoothing) * F.logsigmoid(margins) - dpo.label_smoothing * F.logsigmoid(-margins)
+        shifted = margins + dpo.length * (lengths[:, 0] - lengths[:, 1])
+        losses = -(1 - dpo.label_smoothing) * F.logsigmoid(shifted) - dpo.label_smoothing * F.logsigmoid(-shifted)
         with torch.no_grad():
             right = (margins > 0) + 0.5 * (margins == 0)  # a policy that is still the reference decides nothing
             sums = [losses, rewards[:, 0], rewards[:, 1], margins, right, logps[:, 0], logps[:, 1]]
@@ -390,21 +394,23 @@ def answer_logps(model, rows, cfg, memory, depth, label):
 
 
 def write_answers(model, chats, cfg, memory, limit=256, temperature=0.8):
-    """Answers to the first eval.answers held-out prompts: mean tokens, share that ended, mean depth; None without."""
+    """Answers to eval.answers of the held-out prompts, evenly spaced: mean tokens, share that ended, mean depth, and
+    the first two of the (chosen) answers in the data, cut at the same length; None without."""
     if not cfg.eval.answers:
         return None
-    rows, prompts = chats.split("val"), []
+    rows, found = chats.split("val"), {}
     step = 2 if chats.manifest["kind"] == "preference" else 1
     for i in range(0, len(rows.index), step):
         ids, mask = rows.row(i)
-        prompt = ids[: np.argmax(mask) + 1].tolist()  # up to the first <|assistant|>
-        if len(prompts) < cfg.eval.answers and prompt not in prompts:
-            prompts.append(prompt)
+        begin = int(np.argmax(mask)) + 1  # behind the first <|assistant|>
+        found.setdefault(tuple(ids[:begin].tolist()), int(np.argmin(np.append(mask[begin:], False))))
+    chosen = np.linspace(0, len(found) - 1, min(cfg.eval.answers, len(found))).round().astype(int)
+    prompts, lengths = ([list(column)[i] for i in chosen] for column in (found.keys(), found.values()))
     generator = torch.Generator(model.embedding.weight.device).manual_seed(cfg.train.seed)
     with torch.compiler.set_stance("force_eager"):  # a graph for every length of prompt would take far longer
         answers = decoding.generate_batch(
-            model, prompts, [limit] * len(prompts), temperature=temperature, generator=generator, memory_length=memory,
-            segment=cfg.train.segment,
+            model, [list(prompt) for prompt in prompts], [limit] * len(prompts), temperature=temperature,
+            generator=generator, memory_length=memory, segment=cfg.train.segment,
         )  # fmt: skip
     depths = [depth for answer in answers for depth in answer.depths]
     return {
@@ -412,11 +418,16 @@ def write_answers(model, chats, cfg, memory, limit=256, temperature=0.8):
         "tokens": float(np.mean([len(answer.tokens) for answer in answers])),
         "ended": float(np.mean([answer.ended for answer in answers])),
         "depth": float(np.mean(depths)) if depths else None,
+        "data_tokens": float(np.minimum(lengths, limit).mean()),
+        "data_ended": float((np.array(lengths) < limit).mean()),
     }
 
 
 def written_summary(written):
-    return "" if written is None else f"; answers of {written['tokens']:.0f} tokens, {written['ended']:.0%} ended"
+    if written is None:
+        return ""
+    data = f"{written['data_tokens']:.0f} tokens and {written['data_ended']:.0%} in the data"
+    return f"; answers of {written['tokens']:.0f} tokens, {written['ended']:.0%} ended ({data})"
 
 
 def correlation(x, y):

@@ -65,6 +65,26 @@ def test_kernels_equal_their_definitions(both, shape):
 
 
 @runs_kernels
+@pytest.mark.parametrize("freeze", [True, False])
+def test_heads_and_their_gradients_equal_their_definition(both, freeze):
+    torch.manual_seed(0)
+    B, T, H, d = 2, 7, 5, 16
+    qkv = torch.randn(B, T, 3, H, d, device=DEVICE, requires_grad=True)
+    frozen = tuple(torch.randn(B, T, H, d, device=DEVICE, requires_grad=True) for _ in "kv")
+    active = torch.rand(B, T, device=DEVICE) < 0.5
+    angle = torch.rand(T, 1, d // 2, device=DEVICE)
+    directions = torch.randn(3, B, T, H, d, device=DEVICE)
+
+    def run():
+        out = kernels.heads(qkv, (angle.cos(), angle.sin()), *((frozen, active) if freeze else ()))
+        inputs = [qkv, *frozen] if freeze else [qkv]
+        return *out, *torch.autograd.grad(sum((x * y).sum() for x, y in zip(out, directions)), inputs)
+
+    for fast, definition in zip(*both(run)):
+        torch.testing.assert_close(fast, definition, rtol=1e-5, atol=1e-6)
+
+
+@runs_kernels
 def test_every_fp8_number_survives_rounding_by_hand():
     """Over the whole range, subnormal numbers and ties included."""
     for dtype, largest in kernels.LARGEST.items():
@@ -118,14 +138,18 @@ def test_kernels_compile_for_other_gpus(capability):
     from triton.compiler import ASTSource
 
     low, half, full = "*fp8e4nv", "*bf16", "*fp32"
+    heads = dict(FREEZE=True, HALF=32, BLOCK=64)
     for kernel, types, constants in (
         (kernels._swiglu_gradient_kernel, [half, half, full, full, low, low, low, full], dict(BLOCK_M=64, BLOCK_N=64)),
         (kernels._swiglu_kernel, [half, full, low, full], dict(BLOCK_M=4, BLOCK_N=1024)),
         (kernels._quantize_transpose_kernel, [half, full, low, low, full], dict(BLOCK=64)),
         (kernels._softmax_gradient_kernel, [half, full, "*i64", full, low, low], dict(BLOCK_M=64, BLOCK_N=64)),
         (kernels._quantize_weight_kernel, [full, full, low, low], dict(BLOCK=64)),
+        (kernels._heads_kernel, [half, full, full, half, half, "*i1", *[half] * 3], heads),
+        (kernels._heads_gradient_kernel, [half, full, full, "*i1", *[half] * 6], heads),
     ):
-        constants |= {"ASSEMBLY": True} | ({"E4M3": True} if "E4M3" in kernel.arg_names else {})
+        constants |= {"ASSEMBLY": True} if "ASSEMBLY" in kernel.arg_names else {}
+        constants |= {"E4M3": True} if "E4M3" in kernel.arg_names else {}
         sizes = len(kernel.arg_names) - len(types) - len(constants)  # which stand between pointers and constants
         types += ["i32"] * sizes + ["constexpr"] * len(constants)
         source = ASTSource(kernel, dict(zip(kernel.arg_names, types)), constants)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import config
 import train
 from halting import Packed, PonderWeight
-from model import ModelConfig, RecurrentTransformer, norm, rotate
+from kernels import rotate
+from model import ModelConfig, RecurrentTransformer, norm
 
 V, START = 97, 0  # a small vocabulary; token 0 opens a document
 

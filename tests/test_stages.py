@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 import checkpoint
 import config
+import data
+import decoding
 import prepare_chat
 import stages
 import train
@@ -125,7 +127,7 @@ def run(monkeypatch, stage, *overrides):
 # ------------------------------------------------------------------------------------------------ losses
 
 
-def slow_dpo(logits, tokens, mask, reference, beta, loss, smoothing, sft):
+def slow_dpo(logits, tokens, mask, reference, beta, loss, smoothing, sft, length):
     """DPO as in its paper and in TRL (per-sequence sums of log-probabilities of shifted labels), pair by pair.
 
     logits (2n, T, V), tokens and mask (2n, T): chosen and rejected in turn; mask is of answer tokens as labels."""
@@ -136,15 +138,18 @@ def slow_dpo(logits, tokens, mask, reference, beta, loss, smoothing, sft):
         ratio, other = chosen - ref_chosen, rejected - ref_rejected
         if loss == "sigmoid_norm":
             ratio, other = ratio / mask[2 * i].sum(), other / mask[2 * i + 1].sum()
-        delta = beta * (ratio - other)
+        delta = beta * (ratio - other) + length * (mask[2 * i].sum() - mask[2 * i + 1].sum())
         total = total - (1 - smoothing) * F.logsigmoid(delta) - smoothing * F.logsigmoid(-delta)
         terms += 1
     nll = -(logps[0::2] * mask[0::2, 1:]).sum() / mask[0::2, 1:].sum()
     return total / terms + sft * nll
 
 
-@pytest.mark.parametrize("loss, smoothing, sft", [("sigmoid", 0, 0), ("sigmoid", 0.1, 0.5), ("sigmoid_norm", 0, 0.2)])
-def test_dpo_loss_and_gradients_are_those_of_the_slow_reference(loss, smoothing, sft):
+@pytest.mark.parametrize(
+    "loss, smoothing, sft, length",
+    [("sigmoid", 0, 0, 0), ("sigmoid", 0.1, 0.5, 0.2), ("sigmoid_norm", 0, 0.2, 0), ("sigmoid_norm", 0, 0, 0.1)],
+)
+def test_dpo_loss_and_gradients_are_those_of_the_slow_reference(loss, smoothing, sft, length):
     torch.manual_seed(0)
     n, T, V = 3, 12, 17
     logits = torch.randn(2 * n, T, V, dtype=torch.float64, requires_grad=True)
@@ -152,12 +157,12 @@ def test_dpo_loss_and_gradients_are_those_of_the_slow_reference(loss, smoothing,
     mask = torch.zeros(2 * n, T)
     for row in range(2 * n):
         mask[row, 4 + row % 3 : 8 + row % 4] = 1
-    slow = slow_dpo(logits, tokens, mask, reference, 0.3, loss, smoothing, sft)
+    slow = slow_dpo(logits, tokens, mask, reference, 0.3, loss, smoothing, sft, length)
     (expected,) = torch.autograd.grad(slow, logits)
 
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2 * n, -1)
     sequence = torch.where(mask[:, 1:] > 0, torch.arange(2 * n)[:, None], -1)
-    dpo = stages.DPOConfig(beta=0.3, loss=loss, label_smoothing=smoothing, sft=sft)
+    dpo = stages.DPOConfig(beta=0.3, loss=loss, label_smoothing=smoothing, sft=sft, length=length)
     ours = stages.PairLoss(dpo, sequence, reference.numpy(), 1 / n, 1 / mask[0::2, 1:].sum())
     value = ours(nll)
     (found,) = torch.autograd.grad(value, logits)
@@ -166,6 +171,26 @@ def test_dpo_loss_and_gradients_are_those_of_the_slow_reference(loss, smoothing,
     sums = dict(zip(stages.DPO.names, ours.sums.tolist()))
     rewards = [sums[f"rewards/{side}"] for side in ("chosen", "rejected")]
     assert sums["pairs"] == n and sums["rewards/margins"] == pytest.approx(rewards[0] - rewards[1])
+
+
+def test_answers_are_to_prompts_of_all_sources(tiny_model, monkeypatch):
+    """Rows lie source by source; prompts that occur twice are asked once."""
+    rows = [([*range(1, 3 + i // 2), data.ASSISTANT, *[7] * (i + 1)], i + 1) for i in range(12)]
+    marks = [(np.array(ids), np.arange(len(ids)) >= len(ids) - n - 1) for ids, n in rows]
+    split = SimpleNamespace(index=rows, row=lambda i: marks[i])
+    chats = SimpleNamespace(split=lambda name: split, manifest={"kind": "sft"})
+    cfg = SimpleNamespace(eval=SimpleNamespace(answers=3), train=SimpleNamespace(seed=0, segment=8))
+    asked = []
+
+    def generate_batch(model, prompts, limits, **options):
+        asked.extend(prompts)
+        return [decoding.Continuation([5] * 2, [3] * 2, True), decoding.Continuation([5] * 8, [4] * 8)]
+
+    monkeypatch.setattr(decoding, "generate_batch", generate_batch)
+    written = stages.write_answers(tiny_model(), chats, cfg, 8, limit=8)
+    assert [prompt[:-1] for prompt in asked] == [[*range(1, n)] for n in (3, 5, 8)]
+    assert written["tokens"] == 5 and written["ended"] == 0.5 and written["depth"] == pytest.approx(3.8)
+    assert written["data_tokens"] == pytest.approx((1 + 5 + 8) / 3) and written["data_ended"] == pytest.approx(2 / 3)
 
 
 def test_a_loss_of_nll_is_differentiated_through_it(tiny_model):
@@ -326,6 +351,7 @@ def test_reference_log_probabilities_are_those_of_a_direct_forward(finished):
         ("dpo", "--dpo.depth=5", "'dpo.depth' 5 must lie in 1..4"),
         ("dpo", "--dpo.loss=hinge", "'dpo.loss' must be one of 'sigmoid', 'sigmoid_norm', not 'hinge'"),
         ("dpo", "--dpo.label_smoothing=0.5", "'label_smoothing' must lie in [0, 0.5), not 0.5"),
+        ("dpo", "--dpo.length=-1", "'sft', 'depth' and 'length' must not be negative"),
         ("dpo", "--train.target_depth=2", "'train.target_depth' has no use in the stage dpo"),
         ("dpo", "--train.dtype=fp8", "'train.dtype = fp8' has no use in the stage dpo"),
         ("dpo", "--train.segment=16", "does not fit into 16"),
