@@ -46,7 +46,7 @@ PEERS = ("naive", "bf16", "fp8", "stacked", "bf16_packed", "fp8_packed")
 IN_FP8, PACKED = ("fp8", "fp8_packed"), ("bf16_packed", "fp8_packed")
 KERNELS = {  # a kernel belongs to the first group whose pattern is found in its name
     "fused by torch.compile": r"^triton_",
-    "kernels of kernels.py": r"^_(transpose|quantize|swiglu|softmax|log_sum)",
+    "kernels of kernels.py": r"^_(transpose|quantize|swiglu|softmax|log_sum|heads)",
     "attention": r"flash|fmha|attention|^_(query|key|forward|backward|dq|dkv)",
     "GEMMs": r"nvjet|cutlass|gemm|gemv|xmma|cublas|splitK",
     "optimizer and the rest": r"",
