@@ -48,8 +48,8 @@ class ActState:
 
 
 class Packed(NamedTuple):
-    """Some of m tokens: the active ones, and halted ones up to a fixed number. To take them out and to put them back are
-    gathers, and so are the gradients of both: by PyTorch's own, rows would be added one by one.
+    """Some of m tokens: the active ones, and halted ones up to a fixed number. Taking them out and putting them back
+    are gathers, and so are the gradients of both: by PyTorch's own, rows would be added one by one.
 
     index: (rows,) int64, these tokens. rank: (m,) where a token is among them, or `rows` and more where it is not."""
 
