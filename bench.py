@@ -3,12 +3,17 @@
     python bench.py train                                          the 110M model on one GPU, memory 512 and 4096
     python bench.py train --text data/mix13 --peers bf16,fp8       real tokens, two of the peers
     python bench.py train --memory 512 --documents none            without boundaries of documents
+    python bench.py train --depth 5 --peers bf16,fp8,fp8_packed    tokens that take 5 steps on average
     python bench.py gemm                                           every product alone: bf16, FP8, fast accumulation
     python bench.py attention --memory 512,4096                    attention.py beside PyTorch's own
 
 train: naive (the model as a competent person writes it in eager PyTorch, naive.py), bf16 and fp8 (those of train.py),
-stacked (bf16, as many own blocks as the shared one has uses: equal FLOPs, N times the weights). A step is all that
-train.py does with a batch except reading its metrics. The limit is the time of a step's matrix products alone.
+stacked (bf16, as many own blocks as the shared one has uses: equal FLOPs, N times the weights), bf16_packed and
+fp8_packed (with `train.capacities`: the SwiGLU leaves out halted tokens). A step is all that train.py does with a batch
+except reading its metrics. The limit is the time of a step's matrix products alone, for all tokens at all steps.
+
+Of an untrained model every token takes all steps. --depth gives it a random halting head, of which tokens take so many
+on average; `depth` is what they took. Learning rates are then 0, as depth would move from there.
 
 Peers take turns of a few steps, so that a hot GPU slows all of them; a time is the median over rounds, `spread` half
 the range. Memory is full before anything is timed. TFLOP/s count all steps for all tokens. `compile s`: what the first
@@ -19,110 +24,33 @@ object with every figure.
 
 import argparse
 import gc
-import json
-import math
 import re
-import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import mean, median
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-import attention
-import config
 import data
-import fp8
 import kernels
 import optim
-import train
+from bench_common import align, clock, finish, load, note, several, whole
+from bench_kernels import gemm_seconds, limits_of, model_gemms, muon_gemms, run_attention, run_gemm
 from config import ConfigError
-from memory import Memory, Spans
-from model import RecurrentTransformer, pick_device, pick_dtype
+from memory import read_later
+from model import RecurrentTransformer, pick_dtype
 from naive import Naive
 
-PEERS = ("naive", "bf16", "fp8", "stacked")
+PEERS = ("naive", "bf16", "fp8", "stacked", "bf16_packed", "fp8_packed")
+IN_FP8, PACKED = ("fp8", "fp8_packed"), ("bf16_packed", "fp8_packed")
 KERNELS = {  # a kernel belongs to the first group whose pattern is found in its name
     "fused by torch.compile": r"^triton_",
-    "kernels of kernels.py": r"^_(transpose|quantize|swiglu|softmax|log_sum)",
+    "kernels of kernels.py": r"^_(transpose|quantize|swiglu|softmax|log_sum|heads)",
     "attention": r"flash|fmha|attention|^_(query|key|forward|backward|dq|dkv)",
     "GEMMs": r"nvjet|cutlass|gemm|gemv|xmma|cublas|splitK",
     "optimizer and the rest": r"",
 }
-
-
-# ------------------------------------------------------------------------------------------------- the limit
-
-
-class Gemm(NamedTuple):
-    """A matrix product of the training step, (m, k) @ (k, n), `calls` times. kind: forward, input or weight (gradient);
-    they differ in layout."""
-
-    name: str
-    kind: str
-    m: int
-    n: int
-    k: int
-    calls: int
-
-
-def model_gemms(c, rows, chunk=4096):
-    """The products of blocks and head for `rows` tokens; the head runs in chunks."""
-    D, V, uses = c.width, c.padded_vocab_size, c.prelude + c.coda + c.max_depth * c.recur
-    layers = [("qkv", rows, D, 3 * D, uses), ("output", rows, D, D, uses)]
-    layers += [("gate and up", rows, D, 2 * c.hidden, uses), ("down", rows, c.hidden, D, uses)]
-    layers += [("injection", rows, 2 * D, D, c.max_depth)] if c.injection == "concat_linear" else []
-    layers += [("head", chunk, D, V, rows // chunk), ("head", rows % chunk, D, V, 1)]
-    for name, m, fan_in, fan_out, calls in layers:
-        if m and calls:
-            yield Gemm(name, "forward", m, fan_out, fan_in, calls)
-            yield Gemm(name, "input", m, fan_in, fan_out, calls)
-            yield Gemm(name, "weight", fan_out, fan_in, m, calls)
-
-
-def muon_gemms(c, iterations=5):
-    """The products of Newton-Schulz: A = X X', A A, (b A + c A A) X, of X (m, n) with m <= n."""
-    blocks = c.prelude + c.coda + c.recur * (1 if c.share else c.max_depth)
-    for (m, n), matrices in (((c.width, c.width), 4), (sorted((c.width, c.hidden)), 3)):
-        calls = iterations * matrices * blocks
-        yield from (Gemm("X X'", "forward", m, m, n, calls), Gemm("A A", "input", m, m, m, calls))
-        yield Gemm("B X", "input", m, n, m, calls)
-
-
-def gemm_seconds(gemm, dtype, device, repeats=10, buffers=3):
-    """Seconds of one call, as `fp8.matmul` runs it; dtype: of the activations, or E4M3 for FP8. Several operands take
-    turns, lest they be found in the L2 cache, where the step would not find them."""
-    _, kind, m, n, k, _ = gemm
-    low = dtype == kernels.E4M3  # then the summed dimension is contiguous in both operands
-    random = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
-    a = [(random(k, m).t() if kind == "weight" and not low else random(m, k)).to(dtype) for _ in range(buffers)]
-    b = [(random(n, k) if kind == "forward" or low else random(k, n).t()).to(dtype) for _ in range(buffers)]
-    one = torch.ones((), device=device)
-    scales = (one, one, torch.float32 if kind == "weight" else torch.bfloat16) if low else ()
-    for i in range(buffers + repeats):
-        if i == buffers:  # those before were the warm-up
-            start = clock(device)
-        fp8.matmul(a[i % buffers], b[i % buffers], *scales)
-    return (clock(device) - start) / repeats
-
-
-def limits_of(products, samples):
-    """{precision or muon: ms and TFLOP/s of a step, and each of its products} from `samples` of their seconds."""
-    limits = {}
-    for (name, gemm, _), seconds in zip(products, zip(*samples)):
-        limit = limits.setdefault(name, {"ms": 0.0, "flops": 0, "gemms": []})
-        ms = 1e3 * median(seconds)
-        limit["ms"] += gemm.calls * ms
-        limit["flops"] += 2 * gemm.m * gemm.n * gemm.k * gemm.calls
-        limit["gemms"].append(gemm._asdict() | {"ms": ms})
-    for limit in limits.values():
-        limit["tflops"] = limit["flops"] / limit["ms"] / 1e9
-        limit["ms_with_muon"] = limit["ms"] + limits["muon"]["ms"] * (limit is not limits["muon"])
-    return limits
 
 
 # ------------------------------------------------------------------------------------------------- peers
@@ -131,8 +59,8 @@ def limits_of(products, samples):
 class Peer:
     """One implementation in training. failed: it ran out of memory in this section."""
 
-    def __init__(self, name, cfg, device):
-        self.name, self.cfg, self.device, self.config = name, cfg, device, cfg.model
+    def __init__(self, name, cfg, device, depth=0):
+        self.name, self.cfg, self.device, self.config, self.depth = name, cfg, device, cfg.model, depth
         if name == "stacked":
             own = dict(share=False, halting="fixed", injection="none", memory="per_step")
             self.config = replace(cfg.model, **own)
@@ -142,13 +70,16 @@ class Peer:
         self.model = self.first_loss = None
         self.held, self.peak, self.failed = 0, 0, False
 
-    def build(self):
+    def build(self, batch):
+        """batch: (tokens, targets), on which depth is aimed at."""
         torch.manual_seed(1)
         rates, dtype = self.cfg.optim, pick_dtype("auto", self.device)
         model = RecurrentTransformer(self.config, dtype).to(self.device)
         for name, p in model.named_parameters():
             if name.endswith(("output.weight", "down.weight")):  # not the zeros of the start: GPUs multiply them faster
                 nn.init.normal_(p, std=(2 * self.config.max_depth * p.shape[1]) ** -0.5)
+        if self.depth and self.config.halting == "act":
+            aim(model, self.depth, *batch)
         if self.name == "naive":
             weights, model = model.state_dict(), Naive(self.config, dtype).to(self.device)
             model.load_state_dict(weights)
@@ -156,12 +87,16 @@ class Peer:
             self.optimizers = [torch.optim.AdamW(model.parameters(), **settings)]
         else:
             model.recompute = self.cfg.train.recompute
-            if self.name == "fp8":
+            if self.name in PACKED:
+                model.capacities = self.cfg.train.capacities
+            if self.name in IN_FP8:
                 model.use_fp8()
             on_cuda = self.device.type == "cuda"
             if on_cuda:
                 model.compile()
             self.optimizers = optim.build_optimizers(model, rates, compiled=on_cuda).values()
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups if self.depth):
+            group["lr"] = 0.0
         self.model = model
 
     def turn(self, action, *arguments):
@@ -197,14 +132,15 @@ class Peer:
             out = self.model(tokens, targets, self.memory, spans=spans)
             out.loss.backward()
             norm = nn.utils.get_total_norm([p.grad for p in parameters])
-            known = optim.read_later(norm)
+            known = read_later(norm)
             optim.guard(self.optimizers, norm, norm.isfinite(), limit)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if self.name == "fp8":
+        if self.name in IN_FP8:
             self.model.scales.update()
         if self.name != "naive":
+            self.taken.append(out.depth)
             self.read(out.memory)
             known()
         self.memory = out.memory
@@ -219,17 +155,18 @@ class Peer:
     def warm_up(self, batches, length, steps):
         """Begin a section with an empty memory, and fill it."""
         if self.model is None:
-            self.build()
+            self.build(batches[0])
         self.memory = None  # the old one goes before the new one comes
         self.memory = self.model.new_memory(len(batches[0][0]), length)
-        self.feed, self.seconds, self.context = iter(batches), [], []
+        self.feed, self.seconds, self.context, self.taken = iter(batches), [], [], []
         if self.name != "naive":
             self.read(self.memory)
         start = clock(self.device)
         for _ in range(steps):
             loss = self.step().item()
             self.first_loss = self.first_loss or loss
-        self.warm_up_seconds, self.warm_up_steps, self.context = clock(self.device) - start, steps, []
+        self.warm_up_seconds, self.warm_up_steps = clock(self.device) - start, steps
+        self.context, self.taken = [], []
 
     def timed(self, steps):
         start = clock(self.device)
@@ -251,6 +188,8 @@ class Peer:
         if self.failed:
             return {"out_of_memory": True}
         seconds, context = median(self.seconds), mean(float(c) for c in self.context)
+        taken = torch.stack(self.taken) if self.taken else None
+        steps = range(1, self.config.max_depth + 1)
         # as a function of the config alone, which the naive peer has too
         flops = 3 * rows * RecurrentTransformer.flops_per_token(self.model, self.config.max_depth, context)
         return {
@@ -260,13 +199,27 @@ class Peer:
             "spread": (max(self.seconds) - min(self.seconds)) / 2 / seconds,
             "tokens_per_second": rows / seconds,
             "tflops": flops / seconds / 1e12,
-            "share_of_limit": limits["fp8" if self.name == "fp8" else "bf16"]["ms"] / 1e3 / seconds,
+            "share_of_limit": limits["fp8" if self.name in IN_FP8 else "bf16"]["ms"] / 1e3 / seconds,
             "peak_gib": self.peak / 2**30 if self.device.type == "cuda" else None,
             "compile_seconds": max(0.0, self.warm_up_seconds - self.warm_up_steps * seconds),
             "first_loss": self.first_loss,
+            "depth": None if taken is None else taken.float().mean().item(),
+            "active": None if taken is None else [(taken >= n).float().mean().item() for n in steps],
             "context": context,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
+
+
+@torch.no_grad()
+def aim(model, depth, tokens, targets, spread=0.5, rounds=14):
+    """Give `model` a random halting head under which the tokens take `depth` steps on average: logits whose standard
+    deviation is about `spread`, which is as wide as tokens of a trained model differ, and a bias found by bisection."""
+    nn.init.normal_(model.halting.weight, std=spread * model.config.width**-0.5)
+    low, high = -10.0, 6.0
+    for _ in range(rounds):
+        model.halting.bias.fill_((low + high) / 2)
+        deep = model(tokens, targets).depth.float().mean() > depth
+        low, high = ((low + high) / 2, high) if deep else (low, (low + high) / 2)
 
 
 def breakdown(kernels, step_ms):
@@ -284,25 +237,29 @@ def breakdown(kernels, step_ms):
 
 
 def run_train(args, overrides):
-    cfg, device = load(args, [*overrides, f"--train.recompute={args.recompute}"])
+    cfg, device = load(args, overrides, f"train.recompute={args.recompute}", f"train.capacities={args.capacities}")
     cfg.model = c = replace(cfg.model, cross_documents=cfg.model.cross_documents or args.documents == 0)
     on_cuda, rows = device.type == "cuda", args.batch * args.segment
     if args.profile and not on_cuda:
         raise ConfigError("--profile needs a GPU: it sums the times of kernels")
-    if "fp8" in args.peers and on_cuda and torch.cuda.get_device_capability(device) < (8, 9):
+    in_fp8 = any(name in IN_FP8 for name in args.peers)
+    if args.depth and not (1 < args.depth < c.max_depth and c.halting == "act"):
+        raise ConfigError(f"--depth must lie between 1 and {c.max_depth}, of a model with halting = act")
+    if in_fp8 and on_cuda and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("this GPU has no FP8; leave it out: --peers naive,bf16,stacked")
-    if "fp8" in args.peers and on_cuda and (c.width % 16 or c.hidden % 16 or rows % 16):
+    if in_fp8 and on_cuda and (c.width % 16 or c.hidden % 16 or rows % 16):
         raise ConfigError("FP8 needs a width, a hidden size and batch x segment that are multiples of 16")
     if args.text and c.vocab_size < data.VOCAB_SIZE:
         raise ConfigError(f"--text needs the whole vocabulary, model.vocab_size = {data.VOCAB_SIZE}")
     prepared = data.Prepared.open(args.text) if args.text else None
     torch.set_float32_matmul_precision("high")
-    peers = [Peer(name, cfg, device) for name in args.peers]
+    peers = [Peer(name, cfg, device, args.depth) for name in args.peers]
     low = pick_dtype("auto", device)
-    dtypes = {"bf16": low} | ({"fp8": kernels.E4M3} if "fp8" in args.peers else {})
+    dtypes = {"bf16": low} | ({"fp8": kernels.E4M3} if in_fp8 else {})
     products = [(name, gemm, dtype) for name, dtype in dtypes.items() for gemm in model_gemms(c, rows)]
     products += [("muon", gemm, low) for gemm in muon_gemms(c)]
-    sizes = {key: getattr(args, key) for key in ("batch", "segment", "documents", "recompute", "rounds", "steps")}
+    keys = ("batch", "segment", "documents", "depth", "capacities", "recompute", "rounds", "steps")
+    sizes = {key: getattr(args, key) for key in keys}
     result = {"config": str(args.config), "model": asdict(c), "text": args.text, **sizes, "sections": []}
     for length in args.memory:
         section = measure(peers, products, args, prepared, length, on_cuda and args.profile is not False)
@@ -338,7 +295,7 @@ def measure(peers, products, args, prepared, length, profiling):
         if reference and "ms" in report:
             report["versus_bf16"] = reference / report["ms"]
     for peer in peers:
-        if profiling and peer.name in ("bf16", "fp8"):
+        if profiling and peer.name in ("bf16", *IN_FP8, *PACKED):
             note(f"memory {length}: {peer.name} under the profiler")
             peer.turn(peer.profile)
             if not peer.failed:
@@ -364,6 +321,7 @@ COLUMNS = {
     "ms/step": ("ms", ".2f"), "spread": ("spread", ".1%"), "tokens/s": ("tokens_per_second", ",.0f"),
     "TFLOP/s": ("tflops", ".1f"), "of limit": ("share_of_limit", ".1%"), "vs bf16": ("versus_bf16", ".2f"),
     "peak GiB": ("peak_gib", ".1f"), "compile s": ("compile_seconds", ".1f"), "first loss": ("first_loss", ".3f"),
+    "depth": ("depth", ".2f"),
 }  # fmt: skip
 
 
@@ -373,6 +331,8 @@ def render(section, args):
     context = next((f", {r['context']:.0f} keys visible" for r in section["peers"].values() if "context" in r), "")
     text = f"memory {section['memory']}, {args.batch} x {args.segment} tokens a step, "
     text += f"{kind if args.documents else 'no boundaries of documents'}{context}\n\n"
+    if shares := next((r["active"] for r in section["peers"].values() if args.depth and r.get("active")), None):
+        text = f"still active at each step: {', '.join(f'{share:.0%}' for share in shares)}\n{text}"
     lines = [["peer", *COLUMNS]]
     for name, r in section["peers"].items():
         cells = ["-" if r.get(key) is None else format(r[key], form) for key, form in COLUMNS.values()]
@@ -392,208 +352,13 @@ def render(section, args):
     return text
 
 
-# ------------------------------------------------------------------------------------------------- gemm, attention
-
-
-def run_gemm(args, overrides):
-    """Every product of blocks and head alone. FP8 "as used" is what `fp8.matmul` chooses of the other two."""
-    cfg, device = load(args, overrides)
-    kinds = {"bf16": (pick_dtype("auto", device), fp8.FAST_TERMS)}
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
-        limits = {"FP8 fast": math.inf, "FP8 slow": 0, "FP8 as used": fp8.FAST_TERMS}
-        kinds |= {name: (kernels.E4M3, terms) for name, terms in limits.items()}
-    gemms, rows = list(model_gemms(cfg.model, args.batch * args.segment)), []
-    samples = [{name: [] for name in kinds} for _ in gemms]
-    for _ in range(args.rounds):
-        for gemm, sample in zip(gemms, samples):
-            for name, (dtype, fp8.FAST_TERMS) in kinds.items():
-                sample[name].append(gemm_seconds(gemm, dtype, device))
-    lines = [["microseconds (TFLOP/s)", "m x n x k", *kinds]]
-    for gemm, sample in zip(gemms, samples):
-        rows.append(gemm._asdict() | {name: 1e6 * median(seconds) for name, seconds in sample.items()})
-        flops = 2e-6 * gemm.m * gemm.n * gemm.k
-        cells = [f"{rows[-1][name]:.0f} ({flops / rows[-1][name]:.0f})" for name in kinds]
-        lines.append([f"{gemm.name}, {gemm.kind}", f"{gemm.m} x {gemm.n} x {gemm.k}", *cells])
-    print(align(lines))
-    return finish("gemm", device, {"gemms": rows})
-
-
-def run_attention(args, overrides):
-    """One recurrence's attention, forward and with the backward pass; what needs a concatenation includes it."""
-    cfg, device = load(args, overrides)
-    c, dtype = cfg.model, pick_dtype("auto", device)
-    found, lines = [], [["ms: forward + backward (forward)", "visible", *ATTENTION, "error"]]
-    for length in args.memory:
-        for documents in dict.fromkeys((0, args.documents)):
-            spans, qkv, past = case = attention_case(c, args, length, documents, device, dtype)
-            row = {"memory": length, "documents": documents, "visible": spans.context, "ms": {}}
-            two = lambda tensors: tensors and [x[:2].float() for x in tensors]  # noqa: E731
-            exact, ours = masked(two(qkv), two(past), spans), spans.attend(*qkv, past)[:2]
-            row["error"] = ((ours.float() - exact).norm() / exact.norm()).item()
-            for name, make in ATTENTION.items():
-                try:
-                    function = make(*case)
-                    row["ms"][name] = [1e3 * x for x in attention_seconds(function, qkv, device, args.rounds)]
-                except Exception as error:  # of a rival that this device or version does not have
-                    note(f"{name}, memory {length}: {type(error).__name__}: {(str(error) or '?').splitlines()[0]}")
-            found.append(row)
-            cells = ["{1:.3f} ({0:.3f})".format(*row["ms"][name]) if name in row["ms"] else "-" for name in ATTENTION]
-            title = f"memory {length}, {f'documents of {documents}' if documents else 'one document'}"
-            lines.append([title, f"{spans.context:.0f}", *cells, f"{row['error']:.1e}"])
-    print(align(lines))
-    return finish("attention", device, {"dtype": str(dtype), "rows": found})
-
-
-def attention_case(c, args, length, documents, device, dtype):
-    """Spans of a segment after a full memory, random (q, k, v) with gradient, and the memory's (keys, values)."""
-    generator, batch, segment = torch.Generator().manual_seed(1), args.batch, args.segment
-    tokens = torch.randint(1, 50, (batch, length + segment), generator=generator)
-    tokens[tokens == c.document_start] = 50
-    if documents:
-        tokens[torch.rand(tokens.shape, generator=generator) < 1 / documents] = c.document_start
-    shape = (batch, length, c.heads, c.width // c.heads)
-    memory = Memory.empty(1, shape, dtype, device) if length else None
-    if length:
-        live = Spans(tokens[:, :length], None, c, device, kernel=False).live
-        memory = Memory(memory.ring, live, position=length + length // 3)  # the oldest token lies somewhere inside
-    kernel = dtype != torch.float32 and attention.available(device, shape[-1])
-    spans = Spans(tokens[:, length:], memory, c, device, kernel)
-    random = lambda n: torch.randn(batch, n, *shape[2:], device=device, dtype=dtype)  # noqa: E731
-    return spans, [random(segment).requires_grad_() for _ in "qkv"], [random(length) for _ in "kv"] if length else None
-
-
-def masked(qkv, past, spans):
-    """PyTorch's own, with a mask."""
-    q, k, v = qkv
-    if spans.mask is None:
-        return attention.reference(q, k, v, past, spans.first[: len(q)], spans.offset)
-    k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v))) if past else (k, v)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=spans.mask[: len(q)]).transpose(1, 2)
-
-
-def varlen(spans, qkv, past):
-    """FlashAttention of PyTorch over [memory, segment], a sequence a document; the dead memory has no queries."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    first, (B, T, *_), M = spans.first.long().cpu(), qkv[0].shape, past[0].shape[1] if past else 0
-    row, column = first.diff(dim=1).nonzero(as_tuple=True)
-    rows, column = torch.arange(B), column + 1
-    starts = torch.cat([rows * T, rows * T, row * T + column, torch.tensor([B * T])])
-    keys = torch.cat([0 * rows, first[:, 0], M + column, torch.tensor([0])])
-    keys += torch.cat([rows, rows, row, torch.tensor([B])]) * (M + T)
-    starts, keys = (x.sort().values.int().to(qkv[0].device) for x in (starts, keys))
-
-    def function(q, k, v):
-        k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v))) if past else (k, v)
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen_attn(*flat, starts, keys, T, M + T, window_size=(-1, 0)).view_as(q)
-
-    return function
-
-
-def flex(spans, qkv, past):
-    """FlexAttention, compiled, with a block mask."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    first, (B, T, *_), M = spans.first, qkv[0].shape, past[0].shape[1] if past else 0
-    seen = lambda b, h, i, j: (j >= first[b, i]) & (j <= M + i)  # noqa: E731
-    mask, attend = create_block_mask(seen, B, None, T, M + T, device=first.device), torch.compile(flex_attention)
-
-    def function(q, k, v):
-        k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v))) if past else (k, v)
-        return attend(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
-
-    return function
-
-
-ATTENTION = {
-    "attention.py": lambda spans, _, past: lambda *qkv: spans.attend(*qkv, past),
-    "varlen_attn": varlen,
-    "FlexAttention": flex,
-    "masked SDPA": lambda spans, _, past: lambda *qkv: masked(qkv, past, spans),
-}
-
-
-def attention_seconds(function, qkv, device, rounds, repeats=10):
-    """Seconds of forward, and of forward and backward: medians over rounds."""
-    grad, seconds = torch.randn_like(function(*qkv)), ([], [])
-    for _ in range(rounds + 1):  # the first is the warm-up
-        for sample, backward in zip(seconds, (False, True)):
-            start = clock(device)
-            for _ in range(repeats):
-                with torch.set_grad_enabled(backward):
-                    out = function(*qkv)
-                if backward:
-                    torch.autograd.grad(out, qkv, grad)
-            sample.append((clock(device) - start) / repeats)
-    return [median(sample[1:]) for sample in seconds]
-
-
-def load(args, overrides):
-    """The config and the device. Raises `ConfigError`."""
-    if wrong := [o for o in overrides if not o.startswith(("--model.", "--train.recompute="))]:
-        raise ConfigError(f"unknown argument '{wrong[0]}'; settings of the model are written --model.key=value")
-    # what a depth from the command line could contradict
-    cfg = config.load(args.config, train.Config, [*overrides, "eval.depths=[]", "train.target_depth=0"])
-    try:
-        return cfg, pick_device(args.device)
-    except ValueError as error:
-        raise ConfigError(f"--device: {error}") from None
-
-
-def finish(name, device, result):
-    """Print the last line: JSON, six digits of every float, and null for what is not finite."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    result = {"bench": name, "device": where, "torch": torch.__version__, "commit": commit()} | result
-    digits = dict(parse_float=lambda x: float(f"{float(x):.6g}"), parse_constant=lambda _: None)
-    print(json.dumps(json.loads(json.dumps(result), **digits)))
-    return 0
-
-
-def align(lines):
-    """Rows of cells as text: the first column to the left, the others to the right."""
-    columns = range(max(map(len, lines)))
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in columns]
-    rows = [[cell.rjust(w) if i else cell.ljust(w) for i, cell, w in zip(columns, line, widths)] for line in lines]
-    return "".join("  ".join(row).rstrip() + "\n" for row in rows) + "\n"
-
-
-def clock(device):
-    """Seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def note(message):
-    print(message, file=sys.stderr, flush=True)
-
-
-def commit():
-    """Of this code, or None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
-
-
-def whole(text, least=1):
-    """An argument that must be a whole number."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number, at least {least}")
-    return int(text)
+# ------------------------------------------------------------------------------------------------- arguments
 
 
 def peer(text):
     if text not in PEERS:
         raise argparse.ArgumentTypeError(f"there is no peer '{text}'; known peers: {', '.join(PEERS)}")
     return text
-
-
-def several(kind):
-    return lambda text: list(dict.fromkeys(kind(part) for part in text.split(",")))
 
 
 class Parser(argparse.ArgumentParser):
@@ -624,12 +389,14 @@ def main(argv=None):
         return add
 
     add_train = add(run_train, "speed of training", rounds=5)
-    add_train("--peers", type=several(peer), default=",".join(PEERS), help="what is measured")
+    add_train("--peers", type=several(peer), default=",".join(PEERS[:4]), help="what is measured")
     add_train("--steps", type=whole, default=4, help="steps in a turn")
+    add_train("--depth", type=float, default=0.0, help="mean steps of a token; 0: of an untrained model, all")
+    add_train("--capacities", type=several(float), default="0.25,0.5,0.75", help="train.capacities of packed peers")
     add_train("--text", metavar="FOLDER", help="a prepared folder to read; None: random tokens")
     add_train("--recompute", default="none", help="train.recompute of all peers but the naive one: none, mlp or step")
     add_train(
-        "--profile", action=argparse.BooleanOptionalAction, help="where the time of bf16 and fp8 goes; None: on GPUs"
+        "--profile", action=argparse.BooleanOptionalAction, help="where the time of bf16 and FP8 goes; None: on GPUs"
     )
     add(run_gemm, "every matrix product of a step alone", rounds=3, memory=False)
     add(run_attention, "attention of one recurrence, beside PyTorch's", rounds=3)

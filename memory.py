@@ -147,3 +147,18 @@ class Spans:
 def _to(x, device):
     """To the device without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def read_later(tensor):
+    """A function that returns `tensor` as a list. It waits for the device to have made the tensor, not for what the
+    device is given meanwhile."""
+    copy, made = tensor.to("cpu", non_blocking=True), torch.cuda.Event() if tensor.is_cuda else None
+    if made:
+        made.record()
+
+    def read():
+        if made:
+            made.synchronize()
+        return copy.tolist()
+
+    return read

@@ -31,7 +31,8 @@ import attention
 import data
 import fp8
 import kernels
-from memory import Memory, Spans
+from halting import ActState, Packed
+from memory import Memory, Spans, read_later
 
 
 @dataclass
@@ -136,7 +137,8 @@ def Linear(fan_in, fan_out):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: causal attention with QK-norm and rotary positions, then SwiGLU."""
+    """A pre-norm transformer block: causal attention with QK-norm and rotary positions (`attend`), then SwiGLU
+    (`finish`)."""
 
     def __init__(self, config):
         super().__init__()
@@ -154,25 +156,31 @@ class Block(nn.Module):
         for weight in (self.w_qkv, self.w_output, self.w_gate_up, self.w_down):
             weight.prepare(dtype, gemms)
 
-    def forward(self, x, gains, rope, spans, past, gemms=(), recompute=False, frozen=None, active=None):
-        """x: (B, T, D). gains: (4, D), or None. past: the memory's (keys, values), or None. gemms: (which are in FP8,
-        scales of this use of the block). recompute: gate and up of the SwiGLU, in the backward pass. frozen: this
-        segment's (keys, values) at the step before, kept where `active` (B, T) is false. Returns x and the (keys,
-        values)."""
-        gains = (1, 1, 1, 1) if gains is None else gains.to(x.dtype)
+    def attend(self, x, gains, rope, spans, past, gemms=(), frozen=None, active=None):
+        """What the tokens of x (B, T, D) find, (B, T, H, d), and their (keys, values). gains: (4, D), or 1s. past: the
+        memory's (keys, values), or None. gemms: (which are in FP8, scales of this use of the block). frozen: this
+        segment's (keys, values) at the step before, kept where `active` (B, T) is false."""
         q, k, v = self.project(x, gains, rope, gemms, frozen, active)
-        return self.finish(x, spans.attend(q, k, v, past), gains, gemms, recompute), (k, v)
+        return spans.attend(q, k, v, past), (k, v)
 
     def project(self, x, gains, rope, gemms=(), frozen=None, active=None):
         """Queries, keys and values (..., T, H, d) of x (..., T, D), see `kernels.heads`."""
         qkv = fp8.linear(norm(x) * gains[0], self.w_qkv, *gemms, site=0)
         return kernels.heads(qkv.unflatten(-1, (3, self.heads, -1)), rope, frozen, active)
 
-    def finish(self, x, attended, gains, gemms=(), recompute=False):
-        """x (..., D) after the two branches; attended: (..., H, d)."""
+    def finish(self, x, attended, gains, gemms=(), recompute=False, packed=None):
+        """x (..., D) after the two branches; attended: (..., H, d). recompute: gate and up of the SwiGLU, in the
+        backward pass. packed: `Packed` tokens, the only ones for which the SwiGLU is computed."""
         x = x + gains[1] * fp8.linear(attended.flatten(-2), self.w_output, *gemms, site=1)
         mlp = partial(checkpoint, fp8.mlp, use_reentrant=False) if recompute else fp8.mlp
-        return x + gains[3] * mlp(norm(x) * gains[2], self.w_gate_up, self.w_down, *gemms)
+        rows = packed.take(x.flatten(0, -2)) if packed else x
+        y = gains[3] * mlp(norm(rows) * gains[2], self.w_gate_up, self.w_down, *gemms)
+        return x + (packed.put(y).view_as(x) if packed else y)
+
+
+def unit(gains, dtype):
+    """gains (4, D) in `dtype`, or 1s where there are none."""
+    return (1, 1, 1, 1) if gains is None else gains.to(dtype)
 
 
 class RecurrentTransformer(nn.Module):
@@ -198,6 +206,9 @@ class RecurrentTransformer(nn.Module):
         self.w_head = fp8.Weight(self.embedding.weight)
         self.gemms, self.scales = fp8.BF16, None  # of training; without gradients every GEMM is in compute_dtype
         self.compiled, self.recompute = False, "none"
+        # In training the SwiGLU leaves halted tokens out, where the rest fits one of these shares of all tokens: few,
+        # as each is a graph, and set before `compile`.
+        self.capacities = ()
         self.packing = 64  # without gradient, halted tokens are left out, and the rest is a multiple of this; 0: never
         self.halting = nn.Linear(D, 1) if config.halting in ("act", "exit") else None
         self.init_weights()
@@ -230,10 +241,12 @@ class RecurrentTransformer(nn.Module):
             nn.init.constant_(self.halting.bias, self.config.halting_bias if self.config.halting == "act" else 1.0)
 
     def compile(self):
-        """Compile one recurrence step and the loss, not the loop: one graph serves every step and depth."""
+        """Compile one recurrence step and the loss, not the loop: one graph serves every step and depth. With
+        `capacities`, they are one up to the attention of the first block, and one a capacity for the rest."""
         torch._dynamo.config.recompile_limit = 64  # a graph for each memory length, batch, training and evaluation
         torch._dynamo.config.optimize_ddp = False  # it would cut these small graphs at the buckets of DDP
-        self.step = torch.compile(self.step, dynamic=False)
+        for name in ("begin", "complete") if self.capacities else ("step",):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
         self.run_block = torch.compile(self.run_block, dynamic=False)
         self.compiled = True
 
@@ -289,6 +302,7 @@ class RecurrentTransformer(nn.Module):
             none = partial(torch.zeros_like, h, requires_grad=h.requires_grad)  # as later keys and values will
             kvs = [tuple(none().view(shape) for _ in "kv") for _ in range(R)]
         shares, index = [], None  # w_n; the active tokens, where they are few
+        packs, capacity = training and len(self.capacities) > 0 and (adaptive or own), None
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
         thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
         thresholds[-1:].fill_(-math.inf)  # a number assigned would wait for the device
@@ -303,11 +317,11 @@ class RecurrentTransformer(nn.Module):
             use = len(self.prelude) + n * R
             arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms[use : use + R], kvs, state
             if training and self.recompute == "step":
-                h, kvs, state, weight = checkpoint(self.step, *arguments, thresholds[n], use_reentrant=False)
+                h, kvs, state, weight = checkpoint(self.step, *arguments, thresholds[n], capacity, use_reentrant=False)
             elif index is not None:
                 h, kvs, state, weight = self.packed_step(*arguments, thresholds[n], index)
             else:
-                h, kvs, state, weight = self.step(*arguments, thresholds[n])
+                h, kvs, state, weight = self.step(*arguments, thresholds[n], capacity)
             shares.append(weight)
             if states is not None:
                 states.append(h)
@@ -318,6 +332,9 @@ class RecurrentTransformer(nn.Module):
                 if not len(index):
                     break
                 index = self._packed(index, tokens.numel())
+            elif packs and n + 1 < steps:  # own depths are known here, on the host
+                number = read_later((depth > n + 1 if own else state.active).sum())
+                capacity = partial(self._capacity, number, tokens.numel())
         # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;
         # last_step: that is all there is
         written.extend(kvs * ((N - n - 1) if self.config.memory == "per_step" else 1))
@@ -378,26 +395,49 @@ class RecurrentTransformer(nn.Module):
         return list(zip([gemms] * self.uses, self.scales.of_uses() if in_fp8 else [None] * self.uses))
 
     def run_block(self, block, x, rope, spans, past, gemms):
-        return block(x, None, rope, spans, past, gemms, self.recompute == "mlp" and torch.is_grad_enabled())
+        gains = unit(None, x.dtype)
+        attended, kv = block.attend(x, gains, rope, spans, past, gemms)
+        return block.finish(x, attended, gains, gemms, self.recompute == "mlp" and torch.is_grad_enabled()), kv
 
-    def step(self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold):
-        """One recurrence: injection, the R blocks, halting. The part that `compile` turns into one graph.
+    def step(
+        self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold, capacity=None
+    ):  # fmt: skip
+        """One recurrence: injection, the R blocks, halting. The part that `compile` turns into one graph, or into two.
 
+        capacity: None, or a function that waits for the device and says for how many tokens there is a SwiGLU (None:
+        all). It is asked when the device has the attention of this step to do, and so is never idle.
         Returns the new state h (B, T, D), the R blocks' (keys, values), the `ActState` and this step's output weights.
         """
-        before = h
-        h = self.injected(h, e, inject)
-        active = None if state is None else state.active
-        kvs, recompute = [], self.recompute == "mlp" and torch.is_grad_enabled()
+        begun = self.begin(blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state)
+        rows = None if capacity is None else capacity()
+        return self.complete(blocks, gains, h, *begun, rope, spans, pasts, gemms, frozen, state, threshold, rows)
+
+    def begin(self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state):
+        """The input of the blocks, what the first one's attention finds, and its (keys, values)."""
+        x = self.injected(h, e, inject)
+        return x, *self._attend(0, x, blocks, gains, rope, spans, pasts, gemms, frozen, state)
+
+    def complete(
+        self, blocks, gains, before, x, attended, kv, rope, spans, pasts, gemms, frozen, state, threshold, rows
+    ):  # fmt: skip
+        """The rest of a step, after `begin`. before: the state that it began with. rows: of the SwiGLU, None: all."""
+        packed = None if rows is None else Packed.of(state.active.flatten(), rows)
+        kvs, recompute = [kv], self.recompute == "mlp" and torch.is_grad_enabled()
         for r, block in enumerate(blocks):
-            old = frozen[r] if state else None
-            h, kv = block(h, gains[r], rope, spans, pasts[r], gemms[r], recompute, old, active)
-            kvs.append(kv)
+            if r:
+                attended, kv = self._attend(r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state)
+                kvs.append(kv)
+            x = block.finish(x, attended, unit(gains[r], x.dtype), gemms[r], recompute, packed)
         if state is None:
-            return h, kvs, None, None
+            return x, kvs, None, None
         weighted = self.config.halting == "act"
-        state, weight = state.advance(h, self.halting_probability(h, before), threshold, weighted)
-        return h, kvs, state, weight
+        state, weight = state.advance(x, self.halting_probability(x, before), threshold, weighted)
+        return x, kvs, state, weight
+
+    def _attend(self, r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state):
+        """Of the r-th block of a step."""
+        old, active = (frozen[r], state.active) if state else (None, None)
+        return blocks[r].attend(x, unit(gains[r], x.dtype), rope, spans, pasts[r], gemms[r], old, active)
 
     def packed_step(
         self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold, index
@@ -410,7 +450,7 @@ class RecurrentTransformer(nn.Module):
         before, kvs = h[index], []
         x = self.injected(before, e[index], inject)
         for r, block in enumerate(blocks):
-            own = (1, 1, 1, 1) if gains[r] is None else gains[r].to(x.dtype)
+            own = unit(gains[r], x.dtype)
             q, k, v = block.project(x, own, rope, gemms[r])
             k, v = (old.flatten(0, 1).index_copy(0, index, new).view_as(old) for new, old in zip((k, v), frozen[r]))
             q = torch.zeros_like(k).flatten(0, 1).index_copy_(0, index, q).view_as(k)
@@ -433,6 +473,11 @@ class RecurrentTransformer(nn.Module):
             return None
         fill = -len(index) % self.packing
         return torch.cat([index, index[:1].expand(fill)]) if 8 * (len(index) + fill) <= 7 * tokens else None
+
+    def _capacity(self, number, tokens):
+        """The smallest of `capacities` that holds number() of `tokens`, in multiples of 16 for FP8; None: all."""
+        number, sizes = number(), (16 * math.ceil(share * tokens / 16) for share in sorted(self.capacities))
+        return next((rows for rows in sizes if number <= rows < tokens), None)
 
     def injected(self, h, e, inject):
         """The input of the blocks, from states h and inputs e, both (..., D)."""
@@ -527,63 +572,3 @@ class RecurrentTransformer(nn.Module):
         inject = 4 * c.width**2 if c.injection == "concat_linear" else 0
         uses = c.prelude + c.coda + depth * c.recur
         return uses * block + depth * inject + 2 * c.padded_vocab_size * c.width
-
-
-@dataclass
-class ActState:
-    """Adaptive computation time (Graves 2016, arXiv 1603.08983, section 2) of every token; all but `out` are (B, T).
-
-    out: (B, T, D) float32, the weighted sum of states so far. remainder: 1 minus the weights so far. active: not
-    halted. depth: N(t), the steps used. remainder_at_halt: R(t), zero until the token halts.
-    """
-
-    out: torch.Tensor
-    remainder: torch.Tensor
-    active: torch.Tensor
-    depth: torch.Tensor
-    remainder_at_halt: torch.Tensor
-
-    @staticmethod
-    def start(tokens, h):
-        """Before the first step. In training it requires gradients as it will after: else each step was a new graph."""
-        number = partial(torch.full, tokens.shape, device=h.device, requires_grad=h.requires_grad)
-        out = torch.zeros_like(h, dtype=torch.float32, requires_grad=h.requires_grad)
-        active = torch.ones_like(tokens, dtype=torch.bool)
-        return ActState(out, number(fill_value=1.0), active, torch.zeros_like(tokens), number(fill_value=0.0))
-
-    def advance(self, h, p, threshold, weighted=True):
-        """The state after a step that gave states h and halting probabilities p (B, T). Returns it and the weights w_n.
-
-        A token halts when its probabilities reach `threshold`, of its own or of all; it then gets the whole remainder
-        (equation 6). weighted: before that, p; else nothing, and the output is the newest state."""
-        halts = self.active & (1 - self.remainder + p >= threshold)
-        before = torch.minimum(p, self.remainder) * self.active if weighted else 0.0
-        weight = torch.where(halts, self.remainder, before)
-        out = self.out + weight[..., None] * h
-        at_halt = self.remainder_at_halt + torch.where(halts, self.remainder, 0.0)
-        state = ActState(out, self.remainder - weight, self.active & ~halts, self.depth + self.active, at_halt)
-        return state, weight
-
-
-class PonderWeight:
-    """The weight lambda of the ponder cost, `cross-entropy + lambda * mean(N + R)`, constant or steered to a depth.
-
-    With a target it is the multiplier of the constraint `mean depth = target` (dual ascent): an integral of the error,
-    plus a share of the error itself, without which depth swings around its target. It may become negative: the weighted
-    mean of states pulls shallow by itself, and a multiplier that could only penalise would not lift it.
-    """
-
-    def __init__(self, value, target_depth=0.0, rate=1e-4, limit=1.0):
-        self.value = self.integral = value
-        self.target_depth, self.rate, self.limit = target_depth, rate, limit
-
-    def update(self, mean_depth):
-        """Move after an optimizer step whose tokens took `mean_depth` steps on average."""
-        if self.target_depth:
-            error = mean_depth - self.target_depth
-            self.integral = self._clamp(self.integral + self.rate * error)
-            # Depth follows lambda like an integrator: the damping that it needs grows with the root of the rate.
-            self.value = self._clamp(self.integral + 0.5 * self.rate**0.5 * error)
-
-    def _clamp(self, value):
-        return min(max(value, -self.limit), self.limit)

@@ -66,21 +66,6 @@ def guard(optimizers, norm, finite, limit):
         optimizer.grad_scale, optimizer.found_inf = scale, skip
 
 
-def read_later(tensor):
-    """A function that returns `tensor` as a list. It waits for the device to have made the tensor, not for what the
-    device is given meanwhile."""
-    copy, made = tensor.to("cpu", non_blocking=True), torch.cuda.Event() if tensor.is_cuda else None
-    if made:
-        made.record()
-
-    def read():
-        if made:
-            made.synchronize()
-        return copy.tolist()
-
-    return read
-
-
 def _mark_changed(optimizer, *_):
     """Raise the version counters of the parameters, by which `fp8.Weight` goes: fused and compiled updates do not."""
     for group in optimizer.param_groups:

@@ -33,9 +33,11 @@ import data
 import fp8
 import kernels
 from config import ConfigError
+from halting import PonderWeight
+from memory import read_later
 from metrics import Log
-from model import ModelConfig, PonderWeight, RecurrentTransformer, pick_device, pick_dtype
-from optim import OptimConfig, build_optimizers, guard, learning_rate, read_later
+from model import ModelConfig, RecurrentTransformer, pick_device, pick_dtype
+from optim import OptimConfig, build_optimizers, guard, learning_rate
 from stages import STAGES, DataConfig, DPOConfig, EvalConfig, draw_depth
 
 FP8_GEMMS = ("forward", "input_grad", "weight_grad")
@@ -68,6 +70,9 @@ class TrainConfig:
     # What the backward pass computes again instead of keeping: nothing more than norms and the SwiGLU product; gate and
     # up of the SwiGLU too, half of all memory; or everything inside a recurrence.
     recompute: Literal["none", "mlp", "step"] = "none"
+    # Once enough tokens have halted, the SwiGLU is that of the others alone, in the smallest of these shares of all
+    # tokens that holds them, such as [0.25, 0.5, 0.75]; each is a graph to compile. Empty: of all tokens, always.
+    capacities: list[float] = field(default_factory=list)
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
     peak_tflops: float = 0.0  # of the accelerator in dtype, for the utilisation; 0: look it up by its name
     wandb: str = ""  # a Weights & Biases project to log to; empty: none
@@ -84,6 +89,8 @@ class TrainConfig:
             raise ValueError(f"'memory' must be [[0.0, length], [fraction, length], ...] in rising order, not {starts}")
         if min(length for _, length in self.memory) < 0:
             raise ValueError("'memory' lengths must not be negative")
+        if wrong := [share for share in self.capacities if not 0 < share < 1]:
+            raise ValueError(f"'capacities' are shares between 0 and 1, not {wrong[0]}")
         if unknown := [name for name in self.fp8_gemms if name not in FP8_GEMMS]:
             raise ValueError(f"'fp8_gemms' has '{unknown[0]}'; known are {', '.join(FP8_GEMMS)}")
 
@@ -130,12 +137,19 @@ class Config:
             raise ValueError("'train.target_depth' needs 'model.halting = act' and no 'train.sampled_depth'")
         if self.train.sampled_depth and not 1 <= self.train.sampled_depth <= self.model.max_depth:
             raise ValueError(f"'train.sampled_depth' {self.train.sampled_depth} must lie in 1..{self.model.max_depth}")
+        if self.train.sampled_by == "token" and not self.train.sampled_depth:
+            raise ValueError("'train.sampled_by = token' has no use without 'train.sampled_depth', the mean")
+        if self.train.sampled_depth and self.model.halting == "exit":
+            raise ValueError("'train.sampled_depth' has no use with 'model.halting = exit', which sees all depths")
         if self.train.sampled_depth and self.stage == "dpo":
             raise ValueError("'train.sampled_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
             raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
-        if self.stage == "dpo" and self.model.halting == "exit":
-            raise ValueError("the stage dpo cannot train an exit head; set 'model.halting = fixed'")
+        if self.stage != "pretrain" and self.model.halting == "exit":
+            raise ValueError(
+                f"the stage {self.stage} would train nothing but the head of 'model.halting = exit'; tune with "
+                "--model.halting=fixed first, and then train a new head"
+            )
         if self.dpo.depth > self.model.max_depth:
             raise ValueError(f"'dpo.depth' {self.dpo.depth} must lie in 1..{self.model.max_depth}, or be 0")
 
@@ -202,6 +216,8 @@ class Trainer:
         torch.set_float32_matmul_precision("high")
 
         self.model = RecurrentTransformer(cfg.model, dtype).to(self.device)
+        if cfg.model.halting != "fixed" or self.t.sampled_by == "token":  # else no token halts before the others
+            self.model.capacities = self.t.capacities
         compiled = self.t.compile == "on" or self.t.compile == "auto" and on_cuda
         if compiled:
             self.model.compile()
@@ -478,7 +494,8 @@ class Trainer:
 
     def speed(self, rate, metrics):
         """Tokens/s, seconds left, model FLOPs utilisation and memory. Utilisation counts the FLOPs of the steps that
-        tokens took; `hardware_utilisation` those that were run, since training runs every step for every token."""
+        tokens took; `hardware_utilisation` those of every step for every token, which is what is run without
+        `capacities`."""
         flops = {
             key: 3 * rate * self.model.flops_per_token(depth, metrics["context"])
             for key, depth in (("utilisation", metrics["depth"]), ("hardware_utilisation", self.cfg.model.max_depth))
@@ -529,7 +546,8 @@ class Trainer:
 
     def summarize(self, log):
         """What the run was and what came of it, to compare runs by: a row of a table. FLOPs are those of the steps that
-        tokens took, `executed` those that were run; seconds are of training alone, at the median speed."""
+        tokens took, `executed` those of all steps (fewer run with `capacities`); seconds are of training alone, at the
+        median speed."""
         lines = [line for line in log.lines if line["event"] == "train"]
         mean = {key: statistics.fmean(line[key] for line in lines) for key in ("depth", "context")}
         tokens = self.steps * self.t.batch_size * self.t.segment

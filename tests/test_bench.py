@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import bench
+import bench_kernels
 import data
+import fp8
+import halting
 from config import ConfigError
 from model import ModelConfig, RecurrentTransformer
 from naive import Naive
@@ -72,27 +75,27 @@ MODELS = [{}, {"prelude": 1, "coda": 2, "recur": 2}, {"injection": "concat_linea
 @pytest.mark.parametrize("rows", [64, 16384, 5000])
 def test_the_limit_counts_the_flops_of_the_model(changes, rows):
     config = ModelConfig(width=32, heads=2, hidden=48, max_depth=3, vocab_size=V, document_start=0, **changes)
-    found = sum(2 * g.m * g.n * g.k * g.calls for g in bench.model_gemms(config, rows))
+    found = sum(2 * g.m * g.n * g.k * g.calls for g in bench_kernels.model_gemms(config, rows))
     assert found == 3 * rows * RecurrentTransformer(config).flops_per_token(3, context=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 def test_products_have_the_shapes_that_they_say(dtype, monkeypatch):
-    products, matmul = [], bench.fp8.matmul
-    monkeypatch.setattr(bench.fp8, "matmul", lambda *args: products.append((args[0], matmul(*args))))
+    products, matmul = [], fp8.matmul
+    monkeypatch.setattr(fp8, "matmul", lambda *args: products.append((args[0], matmul(*args))))
     for kind in ("forward", "input", "weight"):
-        gemm = bench.Gemm("any", kind, 16, 32, 48, 1)
-        assert bench.gemm_seconds(gemm, dtype, torch.device("cpu"), repeats=1) > 0
+        gemm = bench_kernels.Gemm("any", kind, 16, 32, 48, 1)
+        assert bench_kernels.gemm_seconds(gemm, dtype, torch.device("cpu"), repeats=1) > 0
         a, product = products[-1]
         assert a.shape == (16, 48) and product.shape == (16, 32)
         assert a.dtype == dtype
 
 
 def test_muon_runs_seven_matrices_five_times():
-    shared = list(bench.muon_gemms(ModelConfig(width=1280, hidden=10240)))
+    shared = list(bench_kernels.muon_gemms(ModelConfig(width=1280, hidden=10240)))
     assert sum(g.calls for g in shared) == 3 * 5 * 7
     assert max(g.k for g in shared) == 10240  # X X' of the wide ones
-    own = list(bench.muon_gemms(ModelConfig(max_depth=4, share=False)))
+    own = list(bench_kernels.muon_gemms(ModelConfig(max_depth=4, share=False)))
     assert sum(g.calls for g in own) == 4 * 3 * 5 * 7
 
 
@@ -134,7 +137,7 @@ def test_the_last_line_has_every_figure(capsys):
     assert result["model"]["width"] == 32 and result["device"] == "cpu" and result["torch"] == torch.__version__
     assert [section["memory"] for section in result["sections"]] == [16, 40]
     for section in result["sections"]:
-        assert list(section["peers"]) == list(bench.PEERS)
+        assert list(section["peers"]) == ["naive", "bf16", "fp8", "stacked"]
         assert section["limits"].keys() == {"bf16", "fp8", "muon"} and section["profile"] == {}
         for name, peer in section["peers"].items():
             assert len(peer["rounds_ms"]) == 2 and peer["peak_gib"] is None and not peer["out_of_memory"]
@@ -146,6 +149,24 @@ def test_the_last_line_has_every_figure(capsys):
     assert peers["fp8"]["first_loss"] == pytest.approx(peers["bf16"]["first_loss"], abs=0.05)
     assert peers["naive"]["context"] == pytest.approx(peers["bf16"]["context"]) == peers["stacked"]["context"]
     assert peers["naive"]["parameters"] == peers["bf16"]["parameters"] < peers["stacked"]["parameters"]
+
+
+def test_peers_at_a_mean_depth(capsys, monkeypatch):
+    """Tokens of all peers but the stacked one halt at the same steps, and stay with that."""
+    packed, of = [], halting.Packed.of
+    monkeypatch.setattr(halting.Packed, "of", lambda *a: packed.append(a[1]) or of(*a))
+    arguments = ["--batch=8", "--model.max_depth=8", "--depth=5", "--capacities=0.5,0.75", "--memory=16"]
+    status, out, _ = run(capsys, *TINY, *arguments, "--peers=naive,bf16,bf16_packed,fp8,fp8_packed,stacked")
+    peers = json.loads(out.splitlines()[-1])["sections"][0]["peers"]
+    assert status == 0 and set(packed) == {64, 96}
+    for name in ("bf16", "bf16_packed", "fp8", "fp8_packed"):
+        active = peers[name]["active"]
+        assert peers[name]["depth"] == pytest.approx(5, abs=0.5) == sum(active)
+        assert active[0] == 1 and active == sorted(active, reverse=True) and 0 < active[-1] < 0.5
+        assert peers[name]["first_loss"] == pytest.approx(peers["naive"]["first_loss"], abs=0.05)
+    assert peers["bf16_packed"]["active"] == pytest.approx(peers["bf16"]["active"], abs=0.01)
+    assert peers["stacked"]["depth"] == 8 and peers["naive"]["depth"] is None
+    assert f"still active at each step: 100%, {peers['bf16']['active'][1]:.0%}" in out
 
 
 def test_real_text(capsys, prepared):
@@ -193,6 +214,8 @@ def test_a_peer_without_memory_does_not_end_the_others(capsys, monkeypatch):
         (["--model.halting=fixed"], "the naive peer does not know model.halting = fixed"),
         (["--device=tpu"], "the device 'tpu' cannot be used"),
         (["--profile"], "--profile needs a GPU"),
+        (["--depth=9"], "--depth must lie between 1 and 8"),
+        (["--capacities=2"], "'capacities' are shares between 0 and 1, not 2.0"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(capsys, arguments, message):
@@ -202,10 +225,10 @@ def test_wrong_arguments_end_in_one_line(capsys, arguments, message):
 
 
 def test_gemm_times_every_product(capsys):
-    before = bench.fp8.FAST_TERMS
+    before = fp8.FAST_TERMS
     status, out, _ = run(capsys, *TINY, "--batch=2", "--segment=16", "--rounds=1", command="gemm")
     result = json.loads(out.splitlines()[-1])
-    assert status == 0 and len(result["gemms"]) == 15 and bench.fp8.FAST_TERMS == before
+    assert status == 0 and len(result["gemms"]) == 15 and fp8.FAST_TERMS == before
     assert all(gemm[kind] > 0 for gemm in result["gemms"] for kind in ("bf16", "FP8 fast", "FP8 slow", "FP8 as used"))
 
 

@@ -280,7 +280,7 @@ def interrupt(*_):
 
 
 @pytest.mark.parametrize("reading", [True, False])
-def test_ctrl_c_within_the_model_loses_nothing(tiny_model, reading):
+def test_ctrl_c_within_the_model_loses_nothing(tiny_model, reading, monkeypatch):
     model = tiny_model(vocab_size=300, document_start=0)
     model.padding[0] = -torch.inf
     session, text = Session(model, 64, segment=4), [0, 5, 6, 7, 8, 9]
@@ -289,10 +289,10 @@ def test_ctrl_c_within_the_model_loses_nothing(tiny_model, reading):
         text = text + ids(session.stream(3, temperature=0))
         session.feed([8])
         text.append(8)
-    handle = model.recur[0].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        next(session.stream(1))
-    handle.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.recur[0], "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(session.stream(1))
     assert session.text == text
     assert ids(session.stream(5, temperature=0)) == ids(generate(model, text, 5, temperature=0, segment=4))
 

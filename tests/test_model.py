@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import config
 import train
+from halting import Packed, PonderWeight
 from kernels import rotate
-from model import ModelConfig, PonderWeight, RecurrentTransformer, norm
+from model import ModelConfig, RecurrentTransformer, norm
 
 V, START = 97, 0  # a small vocabulary; token 0 opens a document
 
@@ -323,6 +324,88 @@ def test_leaving_out_halted_tokens_changes_nothing(changes, slots, monkeypatch):
     assert all(n <= 26 for n in packed) and (packed or changes.get("max_depth", 5) == 3 or model.halting is None)
 
 
+def trained(model, tokens, depth=None, part=20):
+    """The outputs of two training segments, the second with the first's memory, and the gradients of their losses."""
+    memory, outputs = model.new_memory(len(tokens), 24), []
+    for start in (0, part):
+        rows = slice(start, start + part)
+        own = depth[:, rows] if depth is not None else None
+        outputs.append(model(tokens[:, rows], tokens[:, start + 1 : start + part + 1], memory, own))
+        (outputs[-1].loss + 0.1 * outputs[-1].ponder.mean()).backward()
+        memory = outputs[-1].memory
+    return outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+TRAINED = {
+    name: (changes, "none") for name, changes in VARIANTS.items() if changes.get("halting") not in ("fixed", "exit")
+}
+TRAINED |= {"last step": ({"memory": "last_step"}, "none")}
+TRAINED |= {f"two blocks, last step, {kept}": ({"recur": 2, "memory": "last_step"}, kept) for kept in ("mlp", "step")}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["", "own depths"])
+@pytest.mark.parametrize("changes, recompute", TRAINED.values(), ids=TRAINED.keys())
+def test_packing_changes_nothing_in_training(changes, recompute, own, monkeypatch):
+    """Loss, depths, memory and all gradients are those of the SwiGLU of all tokens."""
+    tokens, packed, runs, changes = text(length=41), [], [], {"halting_bias": 0.0} | changes
+    of = Packed.of
+    monkeypatch.setattr(Packed, "of", lambda active, rows: packed.append((int(active.sum()), rows)) or of(active, rows))
+    for capacities in ((), (0.2, 0.5, 0.8)):
+        model = build(**changes)
+        model.recompute, model.capacities = recompute, capacities
+        N = model.config.max_depth
+        depth = torch.randint(1, N + 1, tokens.shape, generator=torch.Generator().manual_seed(0)) if own else None
+        runs.append(trained(model, tokens, depth))
+        assert bool(packed) == bool(capacities)  # the check sees that some are left out
+    assert {rows for _, rows in packed} <= {16, 32, 48} and all(count <= rows for count, rows in packed)
+    for here, dense in zip(runs[1][0], runs[0][0]):
+        assert torch.equal(here.depth, dense.depth)
+        torch.testing.assert_close(here.loss, dense.loss, atol=0, rtol=1e-5)
+        torch.testing.assert_close(here.ponder, dense.ponder)
+    for x, y in zip(*(run[0][-1].memory.settle().ring.keys for run in reversed(runs))):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    assert runs[0][1].keys() == runs[1][1].keys()
+    for name, grad in runs[0][1].items():
+        assert (runs[1][1][name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("changes", [{"halting": "fixed"}, {}], ids=["fixed", "forced"])
+def test_where_no_token_halts_nothing_is_packed(changes, monkeypatch):
+    monkeypatch.setattr(Packed, "of", lambda *_: pytest.fail("packed"))
+    model, tokens = build(**changes), text()
+    model.capacities = (0.5,)
+    model(tokens[:, :-1], tokens[:, 1:], depth=None if changes else 3).loss.backward()
+
+
+def test_the_host_waits_for_the_number_of_active_tokens_behind_the_attention(monkeypatch):
+    """Then the device has something to do meanwhile; before the first step there is nothing to wait for."""
+    model, tokens, order = build(halting_bias=0.0), text(), []
+    model.capacities = (0.5,)
+    for name in ("begin", "_capacity", "complete"):
+        part = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *a, name=name, part=part: order.append(name) or part(*a))
+    model(tokens[:, :-1], tokens[:, 1:])
+    assert order == ["begin", "complete"] + 4 * ["begin", "_capacity", "complete"]
+
+
+def test_packed_are_the_active_tokens_and_then_others():
+    active = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
+    packed, x = Packed.of(active, 5), torch.randn(8, 3, dtype=torch.double, requires_grad=True)
+    assert packed.index.tolist() == [1, 2, 5, 0, 3] and packed.rank.tolist() == [3, 0, 1, 4, 5, 2, 6, 7]
+    put = packed.put(packed.take(x))
+    assert torch.equal(put[packed.index], x[packed.index]) and put[[4, 6, 7]].abs().max() == 0
+    assert torch.autograd.gradcheck(lambda x: packed.put(packed.take(x).sin()), x)
+    for rows in (3, 8):
+        assert sorted(Packed.of(active, rows).index.tolist()) == ([1, 2, 5] if rows == 3 else list(range(8)))
+
+
+@pytest.mark.parametrize("number, rows", [(1, 16), (16, 16), (17, 48), (48, 48), (49, 80), (81, None), (96, None)])
+def test_capacities_are_multiples_of_16_that_hold_what_is_active(number, rows):
+    model = build()
+    model.capacities = (0.8, 0.5, 0.1)
+    assert model._capacity(lambda: number, 96) == rows
+
+
 def packed(model, tokens):
     """Scoring as a fast engine would do it, token-packed: at every step only the active tokens are computed, one row of
     the batch at a time; a token that has halted is never touched again. An independent reference for one document."""
@@ -465,6 +548,40 @@ def test_one_graph_serves_every_step_and_depth_and_a_memory_length_adds_one(monk
     first = train(8)
     assert train(8, depth=3) == train(8, depth=2) == first
     assert train(24) == first + 1
+    torch._dynamo.reset()
+
+
+def test_a_capacity_is_a_graph(monkeypatch):
+    """Of the second part of a step; the first is one graph for all, and the second one more where nothing is packed."""
+    graphs, original = [], torch.compile
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: original(f, backend=counted, dynamic=dynamic))
+    torch._dynamo.reset()
+    model, tokens = build(), text(2, 33)
+    model.capacities = (0.25, 0.5, 0.75)
+    model.compile()
+    asked, capacity = [], model._capacity
+    monkeypatch.setattr(model, "_capacity", lambda *a: asked.append(capacity(*a)) or asked[-1])
+
+    def train(depth, length=8):
+        """Of two segments whose tokens take the steps `depth`, each an equal share of them."""
+        memory = model.new_memory(2, length)
+        depth = torch.tensor(depth).repeat_interleave(32 // len(depth)).expand(2, 32)
+        for _ in range(2):
+            out = model(tokens[:, :-1], tokens[:, 1:], memory, depth)
+            out.loss.backward()
+            memory = out.memory
+        return len(graphs)
+
+    dense = train([5, 5])
+    assert train([1, 5]) == dense + 1 and set(asked) == {None, 32}
+    assert train([1, 2, 3, 5]) == dense + 3 and set(asked) == {None, 48, 32, 16}
+    assert train([1, 1, 2, 4]) == train([3, 3, 1, 3]) == dense + 3
+    assert train([1, 2, 3, 5], length=24) == dense + 4  # only the attention knows of memory
     torch._dynamo.reset()
 
 

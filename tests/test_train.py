@@ -13,6 +13,7 @@ import torch
 
 import checkpoint
 import config
+import halting
 import prepare_data
 import train
 from launching import ROOT, assert_same_run, curve, launch
@@ -363,6 +364,20 @@ def test_every_token_can_draw_a_depth_of_its_own(workplace, monkeypatch):
     assert depths == [line["depth"] for line in parts if line["event"] == "train"]
 
 
+def test_packing_learns_the_same(workplace, monkeypatch):
+    """Loss of every step, as far as sums in another order go, and the same depths."""
+    settings = ["--train.sampled_depth=2", "--train.sampled_by=token", "--train.target_depth=0"]
+    settings += ["--model.halting=fixed", "--train.micro_batch=4"]
+    assert run(monkeypatch, *settings, "--out=dense") == 0
+    packed, of = [], halting.Packed.of
+    monkeypatch.setattr(halting.Packed, "of", lambda *a: packed.append(a[1]) or of(*a))
+    assert run(monkeypatch, *settings, "--train.capacities=[0.5, 0.7]") == 0
+    assert set(packed) == {32, 48}  # of 64 tokens
+    dense, packed = ([x for x in curve(workplace / name) if x["event"] == "train"] for name in ("dense", "run"))
+    assert [line["loss"] for line in packed] == pytest.approx([line["loss"] for line in dense], rel=1e-5)
+    assert [line["depth"] for line in packed] == [line["depth"] for line in dense]
+
+
 def test_an_exit_head_is_trained_on_a_frozen_model(workplace, monkeypatch, capsys):
     """Of a model without one; the same command goes on after a stop, and the head's rule decides in the evaluation."""
     base = ["--train.sampled_depth=2", "--train.target_depth=0", "--train.ponder_weight=0", "--model.halting=fixed"]
@@ -438,6 +453,8 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ("--train.target_depth=9", "must lie in 1..3"),
         ("--train.sampled_depth=2", "'train.target_depth' needs 'model.halting = act' and no 'train.sampled_depth'"),
         ("--model.halting=fixed", "needs 'model.halting = act'"),
+        ("--train.sampled_by=token", "'train.sampled_by = token' has no use without 'train.sampled_depth'"),
+        ("--train.capacities=[0.5, 1.5]", "'capacities' are shares between 0 and 1, not 1.5"),
         ("--eval.depths=[4]", "depths are 1..3"),
         ("--eval.tokens=1", "'tokens' at least 2"),
         ("--optim.lr=0", "must be above 0"),
@@ -452,6 +469,11 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
 )
 def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, override, message):
     assert message in refused(monkeypatch, capsys, override)
+
+
+def test_an_exit_head_is_trained_at_all_depths(workplace, monkeypatch, capsys):
+    settings = ["--train.target_depth=0", "--train.sampled_depth=2", "--model.halting=exit"]
+    assert "'train.sampled_depth' has no use with 'model.halting = exit'" in refused(monkeypatch, capsys, *settings)
 
 
 def test_a_missing_config_names_the_nearest(monkeypatch, capsys):

@@ -1,0 +1,76 @@
+"""What the benchmarks of bench.py share: model and device, a clock, tables, the last line, kinds of arguments."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import config
+import train
+from config import ConfigError
+from model import pick_device
+
+
+def load(args, overrides, *settings):
+    """The config and the device. overrides: of the command line; settings: ours. Raises `ConfigError`."""
+    if wrong := [o for o in overrides if not o.startswith("--model.")]:
+        raise ConfigError(f"unknown argument '{wrong[0]}'; settings of the model are written --model.key=value")
+    # what a depth from the command line could contradict
+    settings = "eval.depths=[]", "train.target_depth=0", *settings
+    cfg = config.load(args.config, train.Config, [*overrides, *settings])
+    try:
+        return cfg, pick_device(args.device)
+    except ValueError as error:
+        raise ConfigError(f"--device: {error}") from None
+
+
+def finish(name, device, result):
+    """Print the last line: JSON, six digits of every float, and null for what is not finite."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result = {"bench": name, "device": where, "torch": torch.__version__, "commit": commit()} | result
+    digits = dict(parse_float=lambda x: float(f"{float(x):.6g}"), parse_constant=lambda _: None)
+    print(json.dumps(json.loads(json.dumps(result), **digits)))
+    return 0
+
+
+def align(lines):
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    columns = range(max(map(len, lines)))
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in columns]
+    rows = [[cell.rjust(w) if i else cell.ljust(w) for i, cell, w in zip(columns, line, widths)] for line in lines]
+    return "".join("  ".join(row).rstrip() + "\n" for row in rows) + "\n"
+
+
+def clock(device):
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def note(message):
+    print(message, file=sys.stderr, flush=True)
+
+
+def commit():
+    """Of this code, or None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def whole(text, least=1):
+    """An argument that must be a whole number."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number, at least {least}")
+    return int(text)
+
+
+def several(kind):
+    return lambda text: list(dict.fromkeys(kind(part) for part in text.split(",")))

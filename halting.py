@@ -1,0 +1,123 @@
+"""Which tokens go on: the state of adaptive computation time, the tokens that a step still computes, and the weight by
+which depth is steered.
+
+Shapes: B batch, T segment length, D width.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass
+class ActState:
+    """Adaptive computation time (Graves 2016, arXiv 1603.08983, section 2) of every token; all but `out` are (B, T).
+
+    out: (B, T, D) float32, the weighted sum of states so far. remainder: 1 minus the weights so far. active: not
+    halted. depth: N(t), the steps used. remainder_at_halt: R(t), zero until the token halts.
+    """
+
+    out: torch.Tensor
+    remainder: torch.Tensor
+    active: torch.Tensor
+    depth: torch.Tensor
+    remainder_at_halt: torch.Tensor
+
+    @staticmethod
+    def start(tokens, h):
+        """Before the first step. In training it requires gradients as it will after: else each step was a new graph."""
+        number = partial(torch.full, tokens.shape, device=h.device, requires_grad=h.requires_grad)
+        out = torch.zeros_like(h, dtype=torch.float32, requires_grad=h.requires_grad)
+        active = torch.ones_like(tokens, dtype=torch.bool)
+        return ActState(out, number(fill_value=1.0), active, torch.zeros_like(tokens), number(fill_value=0.0))
+
+    def advance(self, h, p, threshold, weighted=True):
+        """The state after a step that gave states h and halting probabilities p (B, T). Returns it and the weights w_n.
+
+        A token halts when its probabilities reach `threshold`, of its own or of all; it then gets the whole remainder
+        (equation 6). weighted: before that, p; else nothing, and the output is the newest state."""
+        halts = self.active & (1 - self.remainder + p >= threshold)
+        before = torch.minimum(p, self.remainder) * self.active if weighted else 0.0
+        weight = torch.where(halts, self.remainder, before)
+        out = self.out + weight[..., None] * h
+        at_halt = self.remainder_at_halt + torch.where(halts, self.remainder, 0.0)
+        state = ActState(out, self.remainder - weight, self.active & ~halts, self.depth + self.active, at_halt)
+        return state, weight
+
+
+class Packed(NamedTuple):
+    """Some of m tokens: the active ones, and halted ones up to a fixed number. Taking them out and putting them back
+    are gathers, and so are the gradients of both: by PyTorch's own, rows would be added one by one.
+
+    index: (rows,) int64, these tokens. rank: (m,) where a token is among them, or `rows` and more where it is not."""
+
+    index: torch.Tensor
+    rank: torch.Tensor
+
+    @staticmethod
+    def of(active, rows):
+        """active: (m,) bool, at most `rows` of them true."""
+        token, before = torch.arange(len(active), device=active.device), active.cumsum(0)
+        rank = torch.where(active, before - 1, before[-1] + token - before)
+        return Packed(torch.empty_like(token).scatter_(0, rank, token)[:rows], rank)
+
+    def take(self, x):
+        """Of x (m, D), the rows (rows, D)."""
+        return _Take.apply(x, *self)
+
+    def put(self, y):
+        """Rows y (rows, D) as (m, D), with zeros for the other tokens."""
+        return _Put.apply(y, *self)
+
+
+def _put(y, rank):
+    return torch.where((rank < len(y))[:, None], y[rank.clamp(max=len(y) - 1)], 0.0)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, rank):
+        ctx.save_for_backward(rank)
+        return x[index]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _put(grad, *ctx.saved_tensors), None, None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, index, rank):
+        ctx.save_for_backward(index)
+        return _put(y, rank)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad[index], None, None
+
+
+class PonderWeight:
+    """The weight lambda of the ponder cost, `cross-entropy + lambda * mean(N + R)`, constant or steered to a depth.
+
+    With a target it is the multiplier of the constraint `mean depth = target` (dual ascent): an integral of the error,
+    plus a share of the error itself, without which depth swings around its target. It may become negative: the weighted
+    mean of states pulls shallow by itself, and a multiplier that could only penalise would not lift it.
+    """
+
+    def __init__(self, value, target_depth=0.0, rate=1e-4, limit=1.0):
+        self.value = self.integral = value
+        self.target_depth, self.rate, self.limit = target_depth, rate, limit
+
+    def update(self, mean_depth):
+        """Move after an optimizer step whose tokens took `mean_depth` steps on average."""
+        if self.target_depth:
+            error = mean_depth - self.target_depth
+            self.integral = self._clamp(self.integral + self.rate * error)
+            # Depth follows lambda like an integrator: the damping that it needs grows with the root of the rate.
+            self.value = self._clamp(self.integral + 0.5 * self.rate**0.5 * error)
+
+    def _clamp(self, value):
+        return min(max(value, -self.limit), self.limit)
