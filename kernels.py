@@ -484,7 +484,7 @@ if triton is not None:
         (T, _, H, d), (block, warps) = qkv.shape[-4:], TILES["heads"]
         q, k, v = (torch.empty_like(qkv[..., 0, :, :], memory_format=torch.contiguous_format) for _ in "qkv")
         freeze = keys is not None
-        frozen = (keys.contiguous(), values.contiguous(), active.contiguous()) if freeze else (qkv, qkv, qkv)  # not used
+        frozen = [x.contiguous() for x in (keys, values, active)] if freeze else [qkv] * 3  # not used
         launch(_heads_kernel)[(triton.cdiv(q.numel(), block * d),)](
             qkv, cos.contiguous(), sin.contiguous(), *frozen, q, k, v, q.numel() // d, T, H,
             FREEZE=freeze, HALF=d // 2, BLOCK=block, num_warps=warps,
