@@ -1,0 +1,317 @@
+"""Continuous depth batching: decoding in which every row is at its own text, its own token and its own recurrence.
+
+One shared block makes this natural. A *tick* applies the block once to all rows, whichever step each is at. A row whose
+token halts draws its next token in the same tick and is at step 1 of that in the next one, beside others at step 5; a
+row whose text ends takes the next prompt. Nobody waits for the slowest.
+
+All state lies on the device in tensors that stay where they are (`State`), and a tick asks the host for nothing. So it
+is one CUDA graph, launched many times ahead; the host looks at the results now and then.
+
+    for continuation in Engine(model, rows=64, length=512).run(prompts, limits): ...
+
+The keys and values of a step are written into the cache slots of this step and of all later ones: if the token halts
+here, later readers of those slots find what they must see, its frozen keys and values (model.py), and if it does not
+halt, the next step overwrites them.
+
+Here is the definition of a tick in PyTorch. For one row engine_kernels.py has it in Triton, bound by the bytes of the
+weights. Shapes: R rows, D width, H heads, d = D / H, M tokens of cache, S slots, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import engine_kernels
+from decoding import Continuation, truncate
+from kernels import heads
+from model import norm
+
+AHEAD = 32  # ticks between two looks of the host
+
+
+@dataclass
+class State:
+    """Of R rows, on the device. token: (R,) the one that is read now, at `position`; `first`: the oldest position that
+    it sees. step: recurrences that it has behind it. h, e, out: (R, D) float32, see model.py; remainder: (R,).
+    halted: (R,) whether it halted in this tick. left: tokens that the row may still write; 0: it is idle.
+    written: how many it has written; tokens, depths: (R, L) those."""
+
+    token: torch.Tensor
+    position: torch.Tensor
+    first: torch.Tensor
+    step: torch.Tensor
+    h: torch.Tensor
+    e: torch.Tensor
+    out: torch.Tensor
+    remainder: torch.Tensor
+    halted: torch.Tensor
+    left: torch.Tensor
+    written: torch.Tensor
+    tokens: torch.Tensor
+    depths: torch.Tensor
+
+    @staticmethod
+    def empty(rows, width, longest, device):
+        number = lambda *shape: torch.zeros(rows, *shape, dtype=torch.int64, device=device)  # noqa: E731
+        vector = lambda *shape: torch.zeros(rows, *shape, device=device)  # noqa: E731
+        return State(
+            number(), number(), number(), number(), vector(width), vector(width), vector(width), vector(), number(),
+            number(), number(), number(longest), number(longest),
+        )  # fmt: skip
+
+
+class Weights:
+    """The matrices of the block, (steps, m, k) or (1, m, k) where steps share them, and the head, (1, V, D), in
+    `dtype`; in float8_e4m3fn with a scale for every row, (steps, m) float32, else None."""
+
+    NAMES = ("qkv", "output", "gate_up", "down", "head")
+
+    def __init__(self, model, dtype):
+        model._prepare(False)
+        blocks = list(model.recur)
+        for name in self.NAMES:
+            of = [model] if name == "head" else blocks
+            low = torch.stack([getattr(part, f"w_{name}").low for part in of])
+            setattr(self, name, quantized(low) if dtype == torch.float8_e4m3fn else (low, None))
+
+
+def quantized(weight):
+    """weight (..., m, k) in E4M3, and the scales (..., m) float32 of its rows."""
+    scale = weight.float().abs().amax(-1).clamp(min=1e-12) / 448
+    return (weight.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def multiply(x, weight, step):
+    """x (R, k) through `weight` of `Weights`, (R, m) in the dtype of x; own weights of steps are for one row."""
+    matrix, scale = weight
+    n = step[0] if len(matrix) > 1 else 0
+    y = F.linear(x, matrix[n].to(x.dtype))
+    return y if scale is None else (y * scale[n]).to(x.dtype)
+
+
+class Engine:
+    """Rows that decode at once. length: tokens of cache a row. depth: None for the model's own rule, or the steps that
+    every token takes. longest: the most tokens that a text may be continued by. weights: their dtype, None for that of
+    the activations, or torch.float8_e4m3fn. temperature, top_k, top_p: see `decoding.sample_token`.
+
+    Raises ValueError for a model or a depth that it is not made for.
+    """
+
+    def __init__(
+        self, model, rows, length=512, depth=None, longest=256, weights=None, temperature=0.0, top_k=None, top_p=1.0,
+        segment=512,
+    ):  # fmt: skip
+        if (reason := unfit(model, rows)) is not None:
+            raise ValueError(f"Engine: {reason}")
+        c, device = model.config, model.embedding.weight.device
+        if depth is not None and not 1 <= depth <= c.max_depth:
+            raise ValueError(f"depth must lie in 1..{c.max_depth}, not {depth}")
+        self.model, self.rows, self.length, self.segment = model, rows, length, segment
+        self.steps, self.adaptive = depth or c.max_depth, depth is None and c.halting != "fixed"
+        self.sampling = temperature, top_k, top_p
+        self.slots = c.max_depth if c.memory == "per_step" else 1
+        self.columns = length + 1  # of the ring: this token, and those before it
+        shape = self.slots, rows, self.columns, c.heads, c.width // c.heads
+        self.keys, self.values = (torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in "kv")
+        self.state = State.empty(rows, c.width, longest, device)
+        self.row = torch.arange(rows, device=device)
+        self.weights = Weights(model, weights or model.compute_dtype)
+        N = c.max_depth
+        self.inject = model.inject if c.injection == "gain" else torch.tensor([[1.0, 0.0]], device=device).expand(N, 2)
+        self.plain = c.injection == "none"  # the state enters as it is, not normalised
+        self.gains = torch.ones(N, 4, c.width, device=device) if model.gains is None else model.gains[:, 0]
+        self.inject, self.gains = self.inject.detach().float().contiguous(), self.gains.detach().float().contiguous()
+        d = c.width // c.heads
+        self.frequency = c.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.temperature = torch.full((1,), float(temperature), device=device)
+        kernels = engine_kernels.available(model)
+        plain = c.halting in ("act", "fixed") and top_k is None and top_p == 1 and not self.plain
+        self.kernels = engine_kernels.Tick(self) if rows == 1 and plain and kernels else None
+        self.graph = None
+
+    # ---------------------------------------------------------------------------------------------- one tick
+
+    @torch.no_grad()
+    def tick(self):
+        """One recurrence of every row; those that halt draw a token."""
+        if self.kernels:
+            return self.kernels.run()
+        s, dtype = self.state, self.model.compute_dtype
+        gain = self.gains[s.step].to(dtype).unbind(1)  # four of (R, D)
+        before, e = s.h.to(dtype), s.e.to(dtype)
+        a, b = self.inject[s.step].to(dtype).unbind(1)
+        x = before if self.plain else a[:, None] * norm(before) + b[:, None] * e
+        qkv = multiply(norm(x) * gain[0], self.weights.qkv, s.step)
+        x = x + gain[1] * multiply(self.attend(qkv).to(dtype), self.weights.output, s.step)
+        gate, up = multiply(norm(x) * gain[2], self.weights.gate_up, s.step).chunk(2, -1)
+        h = x + gain[3] * multiply((F.silu(gate.float()) * up.float()).to(dtype), self.weights.down, s.step)
+        self.halt(h, before)
+        self.draw()
+
+    def attend(self, qkv):
+        """What the rows find, (R, D); writes their keys and values, of qkv (R, 3 D), into the cache."""
+        if engine_kernels.available(self.model):
+            return engine_kernels.attend(self, qkv)
+        s, c = self.state, self.model.config
+        angle = s.position[:, None, None] * self.frequency
+        q, k, v = heads(qkv.unflatten(-1, (3, c.heads, -1)), (angle.cos().float(), angle.sin().float()))
+        column, slot = s.position % self.columns, s.step.clamp(max=self.slots - 1)
+        later = (torch.arange(self.slots, device=slot.device)[:, None] >= slot)[..., None, None]  # (S, R, 1, 1)
+        for cache, new in ((self.keys, k), (self.values, v)):
+            cache[:, self.row, column] = torch.where(later, new, cache[:, self.row, column])
+        keys, values = self.keys[slot, self.row], self.values[slot, self.row]  # (R, M, H, d)
+        behind = (column[:, None] - torch.arange(self.columns, device=slot.device)) % self.columns  # 0: this token
+        seen = s.position[:, None] - behind >= s.first[:, None]
+        q, keys, values = q[:, :, None], keys.transpose(1, 2), values.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None]).flatten(1)
+
+    def halt(self, h, before):
+        """Graves' rule for rows with new states h (R, D), see `halting.ActState.advance`, the state of one token."""
+        s, c, model = self.state, self.model.config, self.model
+        p = model.halting_probability(h[None], before[None])[0]
+        forced = s.step + 1 >= self.steps
+        reached = 1 - s.remainder + p >= 1 - c.halting_eps if self.adaptive else torch.zeros_like(forced)
+        halted = forced | reached
+        early = torch.minimum(p, s.remainder) if c.halting == "act" else torch.zeros_like(p)
+        weight = torch.where(halted, s.remainder, early)
+        s.out += weight[:, None] * h.float()
+        s.remainder -= weight
+        s.h.copy_(h)
+        s.step += 1
+        s.halted.copy_(halted & (s.left > 0))
+
+    def draw(self):
+        """The next token of rows that have halted, and the start of its recurrence."""
+        s, dtype, vocabulary = self.state, self.model.compute_dtype, self.model.config.vocab_size
+        logits = multiply(norm(s.out.to(dtype)), self.weights.head, s.step) + self.model.padding.to(dtype)
+        self.accept(self.sample(logits[:, :vocabulary].float()))
+
+    def sample(self, logits):
+        """Token ids (R,) for logits (R, V): the largest plus Gumbel noise, as that needs no host."""
+        temperature, top_k, top_p = self.sampling
+        if temperature == 0:
+            return logits.argmax(-1)
+        logits = truncate(logits, temperature, top_k, top_p).log() if top_k or top_p < 1 else logits / temperature
+        return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+
+    def accept(self, drawn):
+        """Tokens drawn (R,) become those that are read next, in rows that have halted."""
+        s, model = self.state, self.model
+        halted, place = s.halted.bool(), s.written.clamp(max=s.tokens.shape[1] - 1)
+        for log, new in ((s.tokens, drawn), (s.depths, s.step)):
+            log[self.row, place] = torch.where(halted, new, log[self.row, place])
+        ended = halted & (drawn == model.config.document_start)
+        s.written += halted
+        s.left.copy_(torch.where(ended, 0, s.left - halted.long()))
+        s.token.copy_(torch.where(halted, drawn, s.token))
+        s.position += halted
+        s.first.copy_(torch.maximum(s.first, s.position - self.length))
+        fresh = halted | (s.step >= self.steps)  # idle rows go round, too
+        e = norm(model.embedding(s.token).to(model.compute_dtype)).float()
+        self.begin(fresh[:, None], e)
+
+    def begin(self, fresh, e):
+        """The state before the first step, where `fresh` (R, 1)."""
+        s = self.state
+        s.e.copy_(torch.where(fresh, e, s.e))
+        s.h.copy_(torch.where(fresh, e, s.h))
+        s.out.masked_fill_(fresh, 0)
+        s.remainder.masked_fill_(fresh[:, 0], 1)
+        s.step.masked_fill_(fresh[:, 0], 0)
+
+    # ---------------------------------------------------------------------------------------------- rows
+
+    @torch.no_grad()
+    def join(self, row, prompt, limit):
+        """Put a text (a list of ids) into a row, to be continued by up to `limit` tokens. The model itself reads it,
+        into a memory that becomes the row of the cache, and the first token is drawn from its logits."""
+        s, model = self.state, self.model
+        memory, position = model.new_memory(1, self.length), len(prompt)
+        for part in torch.tensor([prompt]).split(self.segment, 1):
+            out = model(part, memory=memory, depth=None if self.adaptive else self.steps, keep=1)
+            memory = out.memory
+        ring = memory.resized(self.columns).ring
+        for cache, part in ((self.keys, ring.keys), (self.values, ring.values)):
+            for slot in range(self.slots):
+                cache[slot, row] = part[slot][0]
+        drawn = self.sample(out.logits[:, -1, : model.config.vocab_size].float())[0]
+        e = norm(model.embedding(drawn).to(model.compute_dtype)).float()
+        s.tokens[row, 0], s.depths[row, 0] = drawn, out.depth[0, -1]
+        for tensor, value in (
+            (s.token, drawn), (s.position, position), (s.first, position - min(int(memory.live[0]), self.length)),
+            (s.step, 0), (s.h, e), (s.e, e), (s.out, 0), (s.remainder, 1), (s.halted, 0), (s.written, 1),
+            (s.left, torch.where(drawn == model.config.document_start, 0, limit - 1)),
+        ):  # fmt: skip
+            tensor[row] = value
+
+    def ticks(self, number):
+        """Run `number` ticks; on CUDA they are launched without waiting for them."""
+        if self.state.h.is_cuda and self.graph is None:
+            self.capture()
+        for _ in range(number):
+            self.graph.replay() if self.graph else self.tick()
+
+    def capture(self):
+        """Make a tick one CUDA graph. The ticks before the capture, which load kernels, are real ones: so is all else
+        as it was."""
+        kept = [x.clone() for x in vars(self.state).values()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.tick()
+        torch.cuda.current_stream().wait_stream(stream)
+        for x, old in zip(vars(self.state).values(), kept):
+            x.copy_(old)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.tick()
+
+    def run(self, prompts, limits, together=False, until=None):
+        """A `Continuation` of each prompt by at most limits[i] tokens. Rows that end are given the next prompt, at the
+        next look of the host. together: instead wait for all rows, then fill all of them (what a batch without
+        continuous batching does). until: see `decoding.generate_batch`. Raises ValueError for a limit beyond `longest`.
+        """
+        s, made = self.state, [Continuation() for _ in prompts]
+        if limits and max(limits) > s.tokens.shape[1]:
+            raise ValueError(f"limit {max(limits)} is beyond longest = {s.tokens.shape[1]}")
+        waiting = [i for i, limit in enumerate(limits) if limit > 0]
+        owner, end = [None] * self.rows, self.model.config.document_start
+        while waiting or any(i is not None for i in owner):
+            if not together or all(i is None for i in owner):
+                for row in range(self.rows):
+                    if owner[row] is None and waiting:
+                        owner[row] = waiting.pop(0)
+                        self.join(row, prompts[owner[row]], limits[owner[row]])
+            self.ticks(AHEAD)
+            left, written, tokens, depths = (x.tolist() for x in (s.left, s.written, s.tokens, s.depths))
+            for row, i in enumerate(owner):
+                if i is None:
+                    continue
+                one, count = made[i], written[row]
+                for token, depth in zip(tokens[row][len(one.tokens) : count], depths[row][len(one.tokens) : count]):
+                    if token == end:
+                        one.ended = True
+                        break
+                    one.tokens.append(token)
+                    one.depths.append(depth)
+                    if until and until(i, one.tokens):
+                        left[row] = s.left[row] = 0
+                        break
+                if not left[row]:
+                    owner[row] = None
+        return made
+
+
+def unfit(model, rows):
+    """Why an `Engine` cannot run this model, or None."""
+    c = model.config
+    if c.prelude or c.coda or c.recur > 1:
+        return "it is for one recurrent block, without prelude and coda"
+    if not c.share and rows > 1:
+        return "own blocks at every step cannot be shared by rows at different steps; give it one row"
+    if c.injection == "concat_linear":
+        return "injection = concat_linear is not built in"
+    return None

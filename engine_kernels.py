@@ -1,0 +1,369 @@
+"""A tick of one row (engine.py) in eight Triton kernels, each bound by the weights that it reads.
+
+    _qkv        injection, norm, gain -> query, key, value     _down    SwiGLU product -> state
+    _attend     norm, rotation, cache write, attention         _halt    the halting head, Graves' rule
+    _output     sum of the attention's parts -> residual       _head    logits, the largest of each tile
+    _gate_up    norm, gain -> SwiGLU product                   _next    the token, and the start of its recurrence
+
+Vectors between them are float32; norms are worked out again by every program that needs them, as a vector of the
+model's width is nothing beside a tile of weights. The last two return at once unless the token has halted, so the host
+is never asked. Weights are in any float type; FP8 ones have a scale for every row. `attend` serves several rows, too.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # PyTorch for the CPU comes without
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
+
+from kernels import INTERPRETED
+
+EPSILON = tl.constexpr(1.1920929e-07) if triton else None  # of F.rms_norm: that of float32
+TILES = {"qkv": 8, "output": 4, "gate_up": 8, "down": 2, "head": 16}  # rows of a matrix that a program has
+SPLITS, KEYS = 4, 64  # programs that share the keys of a head, and keys that one reads at a time
+
+
+def available(model):
+    """Whether the kernels run where this model is."""
+    d = model.config.width // model.config.heads
+    on_device = model.embedding.weight.is_cuda and triton is not None or INTERPRETED
+    return on_device and d >= 4 and d & (d - 1) == 0
+
+
+@jit
+def _vector(pointer, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    return tl.load(pointer + column, mask=column < SIZE, other=0.0).to(tl.float32)
+
+
+@jit
+def _norm(x, SIZE: tl.constexpr):
+    return x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + EPSILON)
+
+
+@jit
+def _times(weight, scale, row, rows, x, SIZE: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr):
+    """Some rows (TILE,) of a matrix (rows, SIZE) times the vector x."""
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < SIZE)[None, :]
+    tile = tl.load(weight + row.to(tl.int64)[:, None] * SIZE + column[None, :], mask=inside, other=0.0)
+    y = tl.sum(tile.to(tl.float32) * x[None, :], 1)
+    if SCALED:
+        y *= tl.load(scale + row, mask=row < rows, other=0.0)
+    return y
+
+
+@jit
+def _of_step(pointer, n, rows, SIZE: tl.constexpr, OWN: tl.constexpr):
+    """Where the weights of step n are, if each step has its own."""
+    if OWN:
+        pointer += n.to(tl.int64) * rows * SIZE
+    return pointer
+
+
+@jit
+def _qkv(
+    h, e, step, inject, gains, weight, scale, qkv, x, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    n = tl.load(step)
+    a, b = tl.load(inject + 2 * n), tl.load(inject + 2 * n + 1)
+    u = a * _norm(_vector(h, WIDTH, BLOCK), WIDTH) + b * _vector(e, WIDTH, BLOCK)
+    y = _norm(u, WIDTH) * _vector(gains + 4 * n * WIDTH, WIDTH, BLOCK)
+    weight, scale = _of_step(weight, n, rows, WIDTH, OWN), _of_step(scale, n, rows, 1, OWN)
+    tl.store(qkv + row, _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED), mask=row < rows)
+    if tl.program_id(0) == 0:
+        column = tl.arange(0, BLOCK)
+        tl.store(x + column, u, mask=column < WIDTH)
+
+
+@jit
+def _rotated(pointer, c, s, HALF: tl.constexpr):
+    a, b = (
+        tl.load(pointer + tl.arange(0, HALF)).to(tl.float32),
+        tl.load(pointer + HALF + tl.arange(0, HALF)).to(tl.float32),
+    )
+    r = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + EPSILON)
+    a, b = a * r, b * r
+    return a * c - b * s, a * s + b * c
+
+
+@jit
+def _attend(
+    qkv, keys, values, step, position, first, frequency, acc, high, total, rows, H, M, slots,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One head of one row, over a PARTS-th of the keys. acc: (R, H, PARTS, d), high and total (R, H, PARTS)."""
+    row, head, part = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
+    lane = tl.arange(0, HALF)
+    p, n = tl.load(position + row), tl.minimum(tl.load(step + row), slots - 1)
+    oldest, column = tl.load(first + row), p % M
+    angle = p.to(tl.float64) * tl.load(frequency + lane)
+    angle = (angle - tl.floor(angle / 6.283185307179586) * 6.283185307179586).to(tl.float32)
+    c, s = tl.cos(angle), tl.sin(angle)
+    qkv += (row * 3 * H + head) * (2 * HALF)
+    q_a, q_b = _rotated(qkv, c, s, HALF)
+    scale = 1.4426950408889634 / tl.sqrt(2.0 * HALF)  # scores in units of log2
+    q_a, q_b = q_a * scale, q_b * scale
+    row_size = H * (2 * HALF)
+    high_, sum_ = -1e30, 0.0
+    acc_a, acc_b = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+    if part == 0:  # this token: written, and read from registers
+        k_a, k_b = _rotated(qkv + row_size, c, s, HALF)
+        v_a, v_b = (
+            tl.load(qkv + 2 * row_size + lane).to(tl.float32),
+            tl.load(qkv + 2 * row_size + HALF + lane).to(tl.float32),
+        )
+        for slot in range(n, slots):
+            at = ((slot * rows + row).to(tl.int64) * M + column) * row_size + head * (2 * HALF) + lane
+            tl.store(keys + at, k_a.to(keys.dtype.element_ty))
+            tl.store(keys + at + HALF, k_b.to(keys.dtype.element_ty))
+            tl.store(values + at, v_a.to(values.dtype.element_ty))
+            tl.store(values + at + HALF, v_b.to(values.dtype.element_ty))
+        high_, sum_, acc_a, acc_b = tl.sum(q_a * k_a + q_b * k_b, 0), 1.0, v_a, v_b
+    for start in range(part * BLOCK, M, PARTS * BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        behind = (column - j + M) % M
+        seen = (j < M) & (behind > 0) & (p - behind >= oldest)
+        at = (((n * rows + row).to(tl.int64) * M + j) * row_size + head * (2 * HALF))[:, None] + lane[None, :]
+        k_a = tl.load(keys + at, mask=seen[:, None], other=0.0).to(tl.float32)
+        k_b = tl.load(keys + at + HALF, mask=seen[:, None], other=0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(k_a * q_a[None, :] + k_b * q_b[None, :], 1), -1e30)
+        higher = tl.maximum(high_, tl.max(score, 0))
+        weight = tl.where(seen, tl.exp2(score - higher), 0.0)
+        shrink = tl.exp2(high_ - higher)
+        v_a = tl.load(values + at, mask=seen[:, None], other=0.0).to(tl.float32)
+        v_b = tl.load(values + at + HALF, mask=seen[:, None], other=0.0).to(tl.float32)
+        acc_a = acc_a * shrink + tl.sum(weight[:, None] * v_a, 0)
+        acc_b = acc_b * shrink + tl.sum(weight[:, None] * v_b, 0)
+        sum_ = sum_ * shrink + tl.sum(weight, 0)
+        high_ = higher
+    index = tl.program_id(0) * PARTS + part
+    tl.store(acc + index * (2 * HALF) + lane, acc_a)
+    tl.store(acc + index * (2 * HALF) + HALF + lane, acc_b)
+    tl.store(high + index, high_)
+    tl.store(total + index, sum_)
+
+
+@jit
+def _output(
+    acc, high, total, x, step, gains, weight, scale, y, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr,
+    SCALED: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, BLOCK)
+    inside, n = column < WIDTH, tl.load(step)
+    place = (column // HEAD) * PARTS
+    highest = tl.load(high + place, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        highest = tl.maximum(highest, tl.load(high + place + part, mask=inside, other=0.0))
+    found, sum_ = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        share = tl.exp2(tl.load(high + place + part, mask=inside, other=0.0) - highest)
+        found += share * tl.load(acc + (place + part) * HEAD + column % HEAD, mask=inside, other=0.0)
+        sum_ += share * tl.load(total + place + part, mask=inside, other=1.0)
+    found = tl.where(inside, found / sum_, 0.0)
+    weight, scale = _of_step(weight, n, rows, WIDTH, OWN), _of_step(scale, n, rows, 1, OWN)
+    add = _times(weight, scale, row, rows, found, WIDTH, BLOCK, SCALED)
+    gain = tl.load(gains + (4 * n + 1) * WIDTH + row, mask=row < rows, other=0.0)
+    tl.store(y + row, tl.load(x + row, mask=row < rows, other=0.0) + gain * add, mask=row < rows)
+
+
+@jit
+def _gate_up(
+    x, step, gains, weight, scale, product, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """rows: of gate, and as many of up behind them."""
+    row, n = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.load(step)
+    y = _norm(_vector(x, WIDTH, BLOCK), WIDTH) * _vector(gains + (4 * n + 2) * WIDTH, WIDTH, BLOCK)
+    weight, scale = _of_step(weight, n, 2 * rows, WIDTH, OWN), _of_step(scale, n, 2 * rows, 1, OWN)
+    gate = _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED)
+    up = _times(weight + rows.to(tl.int64) * WIDTH, scale + rows, row, rows, y, WIDTH, BLOCK, SCALED)
+    tl.store(product + row, gate * tl.sigmoid(gate) * up, mask=row < rows)
+
+
+@jit
+def _down(
+    product, x, step, gains, weight, scale, h, rows,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr,
+    OWN: tl.constexpr,
+):  # fmt: skip
+    row, n = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.load(step)
+    weight, scale = _of_step(weight, n, rows, HIDDEN, OWN), _of_step(scale, n, rows, 1, OWN)
+    total = tl.zeros((TILE, BLOCK), tl.float32)
+    for start in range(0, HIDDEN, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
+        tile = tl.load(weight + row.to(tl.int64)[:, None] * HIDDEN + column[None, :], mask=inside, other=0.0)
+        total += tile.to(tl.float32) * tl.load(product + column, mask=column < HIDDEN, other=0.0)[None, :]
+    add = tl.sum(total, 1)
+    if SCALED:
+        add *= tl.load(scale + row, mask=row < rows, other=0.0)
+    gain = tl.load(gains + (4 * n + 3) * WIDTH + row, mask=row < rows, other=0.0)
+    tl.store(h + row, tl.load(x + row, mask=row < rows, other=0.0) + gain * add, mask=row < rows)
+
+
+@jit
+def _halt(
+    h, out, remainder, step, halted, left, head, bias, steps, threshold,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr,
+):  # fmt: skip
+    """As `Engine.halt`."""
+    column = tl.arange(0, BLOCK)
+    state, rest, n = _vector(h, WIDTH, BLOCK), tl.load(remainder), tl.load(step)
+    p = 0.0
+    if ACT:
+        logit = tl.sum(_norm(state, WIDTH) * _vector(head, WIDTH, BLOCK), 0) + tl.load(bias)
+        p = 1 / (1 + tl.exp(-logit))
+    stops = n + 1 >= steps
+    if ADAPTIVE:
+        stops = stops | (1 - rest + p >= tl.load(threshold))
+    weight = tl.where(stops, rest, tl.minimum(p, rest))
+    tl.store(out + column, _vector(out, WIDTH, BLOCK) + weight * state, mask=column < WIDTH)
+    tl.store(remainder, rest - weight)
+    tl.store(step, n + 1)
+    tl.store(halted, tl.where(stops & (tl.load(left) > 0), 1, 0))
+
+
+@jit
+def _head(
+    out, halted, position, seed, weight, scale, padding, best, which, rows, temperature,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
+    if tl.load(halted) == 0:
+        return
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    y = _norm(_vector(out, WIDTH, BLOCK), WIDTH)
+    logit = _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED)
+    logit = tl.where(row < rows, logit + tl.load(padding + row, mask=row < rows, other=0.0), float("-inf"))
+    if RANDOM:  # the largest of logits and Gumbel noise is a draw from their softmax
+        uniform = tl.rand(tl.load(seed) + tl.load(position), row)
+        logit = logit / tl.load(temperature) - tl.log(-tl.log(tl.maximum(uniform, 1e-20)))
+    tl.store(best + tl.program_id(0), tl.max(logit, 0))
+    tl.store(which + tl.program_id(0), tl.program_id(0) * TILE + tl.argmax(logit, 0))
+
+
+@jit
+def _next(
+    halted, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens, depths, embedding,
+    tiles, steps, longest, length, END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """As `Engine.accept` and `begin`."""
+    halts, n = tl.load(halted), tl.load(step)
+    if (halts == 0) & (n < steps):
+        return
+    drawn = tl.load(token)
+    if halts != 0:
+        index = tl.arange(0, MANY)
+        winner = tl.argmax(tl.load(best + index, mask=index < tiles, other=float("-inf")), 0)
+        drawn = tl.load(which + winner).to(tl.int64)
+        count, p = tl.load(written), tl.load(position) + 1
+        place = tl.minimum(count, longest - 1)
+        tl.store(tokens + place, drawn)
+        tl.store(depths + place, n)
+        tl.store(written, count + 1)
+        tl.store(left, tl.where(drawn == END, 0, tl.load(left) - 1))
+        tl.store(token, drawn)
+        tl.store(position, p)
+        tl.store(first, tl.maximum(tl.load(first), p - length))
+    column = tl.arange(0, BLOCK)
+    start = _norm(_vector(embedding + drawn * WIDTH, WIDTH, BLOCK), WIDTH)
+    tl.store(e + column, start, mask=column < WIDTH)
+    tl.store(h + column, start, mask=column < WIDTH)
+    tl.store(out + column, tl.zeros((BLOCK,), tl.float32), mask=column < WIDTH)
+    tl.store(remainder, 1.0)
+    tl.store(step, tl.zeros((), tl.int64))
+
+
+def attend(engine, qkv):
+    """`Engine.attend` for rows of qkv (R, 3 D)."""
+    parts = _parts(engine, len(qkv))
+    _launch_attend(engine, qkv, *parts)
+    acc, high, total = parts
+    share = torch.exp2(high - high.amax(-1, keepdim=True))
+    return ((acc * share[..., None]).sum(2) / (total * share).sum(-1)[..., None]).flatten(1)
+
+
+def _parts(engine, rows):
+    c = engine.model.config
+    empty = lambda *shape: torch.empty(rows, c.heads, SPLITS, *shape, device=engine.keys.device)  # noqa: E731
+    return empty(c.width // c.heads), empty(), empty()
+
+
+def _launch_attend(engine, qkv, acc, high, total):
+    s, c = engine.state, engine.model.config
+    _attend[(engine.rows * c.heads, SPLITS)](
+        qkv, engine.keys, engine.values, s.step, s.position, s.first, engine.frequency, acc, high, total,
+        engine.rows, c.heads, engine.columns, engine.slots, HALF=c.width // c.heads // 2, BLOCK=KEYS, PARTS=SPLITS,
+        num_warps=4,
+    )  # fmt: skip
+
+
+class Tick:
+    """The eight launches for the one row of an `Engine`, and the vectors between them."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        c, device = engine.model.config, engine.keys.device
+        vector = lambda size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=device)  # noqa: E731
+        self.x, self.y, self.qkv, self.product = map(vector, (c.width, c.width, 3 * c.width, c.hidden))
+        self.parts, self.tiles = _parts(engine, 1), -(-c.vocab_size // TILES["head"])
+        self.best, self.which = vector(self.tiles), vector(self.tiles, torch.int32)
+        self.threshold = torch.full((1,), 1 - c.halting_eps, device=device)
+
+    def run(self):
+        engine, s = self.engine, self.engine.state
+        model, c, w = engine.model, engine.model.config, engine.weights
+        D, F = c.width, c.hidden
+        size = dict(WIDTH=D, BLOCK=triton.next_power_of_2(D))
+        own, inject, gains = dict(OWN=not c.share), engine.inject, engine.gains
+
+        def launch(kernel, name, rows, *arguments, **constants):
+            matrix, scale = getattr(w, name)
+            scaled = scale is not None
+            before, after = arguments
+            kernel[(triton.cdiv(rows, TILES[name]),)](
+                *before, matrix, scale if scaled else matrix, *after, rows, **size, **constants, TILE=TILES[name],
+                SCALED=scaled, num_warps=4,
+            )  # fmt: skip
+
+        launch(_qkv, "qkv", 3 * D, (s.h, s.e, s.step, inject, gains), (self.qkv, self.x), **own)
+        _launch_attend(engine, self.qkv, *self.parts)
+        parts = dict(HEAD=D // c.heads, PARTS=SPLITS)
+        launch(_output, "output", D, (*self.parts, self.x, s.step, gains), (self.y,), **own, **parts)
+        launch(_gate_up, "gate_up", F, (self.y, s.step, gains), (self.product,), **own)
+        self._down(own)
+        halting = model.halting
+        head = (halting.weight, halting.bias) if halting is not None else (s.h, s.remainder)
+        _halt[(1,)](
+            s.h, s.out, s.remainder, s.step, s.halted, s.left, *head, engine.steps, self.threshold, **size,
+            ACT=c.halting == "act", ADAPTIVE=engine.adaptive, num_warps=4,
+        )  # fmt: skip
+        matrix, scale = w.head
+        _head[(self.tiles,)](
+            s.out, s.halted, s.position, engine.seed, matrix, matrix if scale is None else scale, model.padding,
+            self.best, self.which, c.vocab_size, engine.temperature, **size, TILE=TILES["head"],
+            SCALED=scale is not None, RANDOM=engine.sampling[0] > 0, num_warps=4,
+        )  # fmt: skip
+        _next[(1,)](
+            s.halted, self.best, self.which, s.token, s.position, s.first, s.step, s.h, s.e, s.out, s.remainder, s.left,
+            s.written, s.tokens, s.depths, model.embedding.weight, self.tiles, engine.steps, s.tokens.shape[1],
+            engine.length, END=c.document_start, **size, MANY=triton.next_power_of_2(self.tiles), num_warps=4,
+        )  # fmt: skip
+
+    def _down(self, own):
+        engine, s = self.engine, self.engine.state
+        c, (matrix, scale) = engine.model.config, engine.weights.down
+        _down[(triton.cdiv(c.width, TILES["down"]),)](
+            self.product, self.y, s.step, engine.gains, matrix, matrix if scale is None else scale, s.h, c.width,
+            WIDTH=c.width, HIDDEN=c.hidden, BLOCK=min(2048, triton.next_power_of_2(c.hidden)), TILE=TILES["down"],
+            SCALED=scale is not None, num_warps=4, **own,
+        )  # fmt: skip

@@ -1,0 +1,146 @@
+"""The engine against decoding one text after the other, in PyTorch and with its kernels in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+import engine
+import engine_kernels
+from decoding import generate
+from engine import Engine
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PROMPTS = [[0], [0, *range(40, 60)], [0, 7, 7], [0, *range(100, 111)], [0, 5]]
+LIMITS = [9, 5, 12, 7, 3]
+plain = pytest.mark.skipif(INTERPRETED, reason="has no kernel of its own")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_the_interpreter(interpret):
+    interpret(__file__)
+
+
+@pytest.fixture(autouse=True)
+def few_launches(monkeypatch):
+    monkeypatch.setattr(engine, "AHEAD", 3)
+    if INTERPRETED:  # programs take turns there
+        monkeypatch.setattr(engine_kernels, "TILES", dict.fromkeys(engine_kernels.TILES, 32))
+
+
+def one_by_one(model, prompts, limits, **options):
+    texts = [list(generate(model, prompt, limit, 0, **options)) for prompt, limit in zip(prompts, limits)]
+    return [([token for token, _ in text], [depth for _, depth in text]) for text in texts]
+
+
+def together(model, prompts, limits, rows, memory_length=64, **options):
+    made = Engine(model, rows, memory_length, longest=12, **options).run(prompts, limits)
+    return [(one.tokens, one.depths) for one in made]
+
+
+@pytest.fixture
+def tiny(tiny_model):
+    def build(**changes):
+        model = tiny_model(vocab_size=300, document_start=0, **changes)
+        model.padding[0] = 2.0  # added to the logit of <|endoftext|>, so that some texts end early
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("rows, prompts", [(1, 2), (2, 3)] if INTERPRETED else [(1, 5), (3, 5)])
+@pytest.mark.parametrize(
+    "changes, depth",
+    [({}, None), (dict(halting="fixed", memory="last_step"), 3)]
+    + [] if INTERPRETED else
+    [({}, None), (dict(halting="fixed", memory="last_step"), 3), ({}, 2), (dict(halting="fixed"), None),
+     (dict(halting="stability", tolerance=1.3), None), (dict(memory="last_step", step_gains=False), None),
+     (dict(injection="none"), None), (dict(cross_documents=True), None)],
+)  # fmt: skip
+def test_rows_are_their_texts_one_by_one(tiny, changes, depth, rows, prompts):
+    model, prompts = tiny(**changes), PROMPTS[:prompts]
+    limits = [3, 4, 5][: len(prompts)] if INTERPRETED else LIMITS
+    found = together(model, prompts, limits, rows, depth=depth)
+    assert found == one_by_one(model, prompts, limits, depth=depth, memory_length=64)
+    varies = depth is None and changes.get("halting") != "fixed"
+    assert (len({depth for _, depths in found for depth in depths}) > 1) == varies
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_cache_rolls(tiny, rows):
+    model, limits = tiny(), [4, 4] if INTERPRETED else [12, 12]
+    found = together(model, PROMPTS[1:3], limits, rows, memory_length=6, segment=5)
+    assert found == one_by_one(model, PROMPTS[1:3], limits, memory_length=6, segment=5)
+
+
+def test_every_step_may_have_its_own_block(tiny):
+    model = tiny(share=False)
+    assert together(model, PROMPTS[1:2], [4], 1) == one_by_one(model, PROMPTS[1:2], [4])
+    with pytest.raises(ValueError, match="own blocks at every step cannot be shared"):
+        Engine(model, 2)
+
+
+@plain
+def test_waiting_for_all_rows_changes_no_text(tiny):
+    model = tiny()
+    machine = Engine(model, 2, 64, longest=12)
+    assert machine.run(PROMPTS, LIMITS, together=True) == machine.run(PROMPTS, LIMITS)
+
+
+@plain
+def test_until_ends_a_text_and_frees_its_row(tiny):
+    model = tiny()
+    whole = Engine(model, 2, 64, longest=12).run(PROMPTS, LIMITS)
+    made = Engine(model, 2, 64, longest=12).run(PROMPTS, LIMITS, until=lambda i, tokens: i == 2 and len(tokens) == 4)
+    assert made[2].tokens == whole[2].tokens[:4] and len(whole[2].tokens) > 4
+    assert [one.tokens for i, one in enumerate(made) if i != 2] == [one.tokens for i, one in enumerate(whole) if i != 2]
+
+
+@pytest.mark.parametrize("rows, n", [(1, 30)] if INTERPRETED else [(4, 400)])
+def test_tokens_are_drawn_from_their_distribution(tiny, rows, n):
+    """All probability is on three tokens: half, a third, a sixth, whatever was read."""
+    model = tiny(halting="fixed", max_depth=1)
+    torch.nn.init.zeros_(model.embedding.weight)
+    model.padding.fill_(-torch.inf)
+    model.padding[torch.tensor([5, 6, 7])] = torch.tensor([3.0, 2.0, 1.0]).log()
+    made = Engine(model, rows, 64, longest=n, temperature=1.0).run([[0]] * rows, [n] * rows)
+    counts = torch.tensor([token for one in made for token in one.tokens]).bincount(minlength=8)
+    assert counts.sum() == rows * n == counts[5:].sum()
+    expected = rows * n * torch.tensor([3.0, 2.0, 1.0]) / 6
+    assert (((counts[5:] - expected) ** 2 / expected).sum()) < 14, "chi-squared, two degrees of freedom: p = 0.001"
+
+
+@plain
+def test_top_k_1_is_greedy(tiny):
+    model = tiny()
+    options = dict(prompts=PROMPTS, limits=LIMITS, rows=2)
+    assert together(model, **options, temperature=2.0, top_k=1) == together(model, **options)
+
+
+@plain
+def test_rows_of_float8_weights_keep_three_bits(tiny):
+    weight = torch.randn(2, 40, 64) * torch.logspace(-3, 3, 40)[:, None]
+    rounded, scale = engine.quantized(weight)
+    error = (rounded.float() * scale[..., None] - weight).abs()
+    assert (
+        rounded.dtype == torch.float8_e4m3fn
+        and (error <= weight.abs() / 16 + weight.abs().amax(-1, True) / 2**14).all()
+    )
+    assert together(tiny(), PROMPTS[:1], [4], 1, weights=torch.float8_e4m3fn)[0][0]
+
+
+@plain
+@pytest.mark.parametrize(
+    "changes, options, message",
+    [(dict(prelude=1), {}, "without prelude and coda"), (dict(injection="concat_linear"), {}, "not built in"),
+     ({}, dict(depth=5), "depth must lie in 1..4, not 5")],
+)  # fmt: skip
+def test_what_it_cannot_run_is_refused(tiny, changes, options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(tiny(**changes), 1, **options)
+
+
+@plain
+def test_a_limit_beyond_its_room_is_refused(tiny):
+    with pytest.raises(ValueError, match="limit 13 is beyond longest = 12"):
+        Engine(tiny(), 1, longest=12).run([[0]], [13])
