@@ -1,4 +1,4 @@
-"""Speed, side by side: of training, of the matrix products that it is made of, and of attention over memory.
+"""Speed, side by side: of training, of its matrix products, of attention over memory, and of decoding.
 
     python bench.py train                                          the 110M model on one GPU, memory 512 and 4096
     python bench.py train --text data/mix13 --peers bf16,fp8       real tokens, two of the peers
@@ -6,6 +6,7 @@
     python bench.py train --depth 5 --peers bf16,fp8,fp8_packed    tokens that take 5 steps on average
     python bench.py gemm                                           every product alone: bf16, FP8, fast accumulation
     python bench.py attention --memory 512,4096                    attention.py beside PyTorch's own
+    python bench.py decode                                         tokens a second of one text and of many
 
 train: naive (the model as a competent person writes it in eager PyTorch, naive.py), bf16 and fp8 (those of train.py),
 stacked (bf16, as many own blocks as the shared one has uses: equal FLOPs, N times the weights), bf16_packed and
@@ -35,7 +36,8 @@ from torch import nn
 import data
 import kernels
 import optim
-from bench_common import align, clock, finish, load, note, several, whole
+from bench_common import aim, align, clock, finish, load, note, several, whole
+from bench_decode import SECTIONS, run_decode
 from bench_kernels import gemm_seconds, limits_of, model_gemms, muon_gemms, run_attention, run_gemm
 from config import ConfigError
 from memory import read_later
@@ -210,18 +212,6 @@ class Peer:
         }
 
 
-@torch.no_grad()
-def aim(model, depth, tokens, targets, spread=0.5, rounds=14):
-    """Give `model` a random halting head under which the tokens take `depth` steps on average: logits whose standard
-    deviation is about `spread`, which is as wide as tokens of a trained model differ, and a bias found by bisection."""
-    nn.init.normal_(model.halting.weight, std=spread * model.config.width**-0.5)
-    low, high = -10.0, 6.0
-    for _ in range(rounds):
-        model.halting.bias.fill_((low + high) / 2)
-        deep = model(tokens, targets).depth.float().mean() > depth
-        low, high = ((low + high) / 2, high) if deep else (low, (low + high) / 2)
-
-
 def breakdown(kernels, step_ms):
     """Where the ms of a step go, from {kernel: (ms, calls)}. step_ms is a step's without the profiler, which slows the
     host down; kernels run one after another, so what they leave of it is idle."""
@@ -361,6 +351,12 @@ def peer(text):
     return text
 
 
+def section(text):
+    if text not in SECTIONS:
+        raise argparse.ArgumentTypeError(f"there is no section '{text}'; known sections: {', '.join(SECTIONS)}")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message}\n")  # one line, without the usage
@@ -400,6 +396,12 @@ def main(argv=None):
     )
     add(run_gemm, "every matrix product of a step alone", rounds=3, memory=False)
     add(run_attention, "attention of one recurrence, beside PyTorch's", rounds=3)
+    add_decode = add(run_decode, "tokens a second of one text and of many", rounds=3, memory=False)
+    add_decode("--context", type=whole, default=512, help="tokens of the prompt")
+    add_decode("--tokens", type=whole, default=128, help="tokens that a turn draws at least")
+    add_decode("--depth", type=float, default=5.0, help="mean depth where it is adaptive")
+    add_decode("--rows", type=whole, default=64, help="texts at once")
+    add_decode("--sections", type=several(section), default=",".join(SECTIONS), help="what is measured")
     args, overrides = parser.parse_known_args(argv)
     try:
         return args.run(args, overrides)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import config
 import train
@@ -26,6 +27,18 @@ def load(args, overrides, *settings):
         return cfg, pick_device(args.device)
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from None
+
+
+@torch.no_grad()
+def aim(model, depth, tokens, targets, spread=0.5, rounds=14):
+    """Give `model` a random halting head under which the tokens take `depth` steps on average: logits whose standard
+    deviation is about `spread`, which is as wide as tokens of a trained model differ, and a bias found by bisection."""
+    nn.init.normal_(model.halting.weight, std=spread * model.config.width**-0.5)
+    low, high = -10.0, 6.0
+    for _ in range(rounds):
+        model.halting.bias.fill_((low + high) / 2)
+        deep = model(tokens, targets).depth.float().mean() > depth
+        low, high = ((low + high) / 2, high) if deep else (low, (low + high) / 2)
 
 
 def finish(name, device, result):

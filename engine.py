@@ -28,6 +28,7 @@ from kernels import heads
 from model import norm
 
 AHEAD = 32  # ticks between two looks of the host
+IN_GRAPH = 8  # ticks of one CUDA graph; divides AHEAD
 
 
 @dataclass
@@ -247,27 +248,30 @@ class Engine:
             tensor[row] = value
 
     def ticks(self, number):
-        """Run `number` ticks; on CUDA they are launched without waiting for them."""
-        if self.state.h.is_cuda and self.graph is None:
+        """Run `number` ticks. On CUDA that is a multiple of `IN_GRAPH`, and they are launched without waiting."""
+        if not self.state.h.is_cuda:
+            for _ in range(number):
+                self.tick()
+            return
+        if self.graph is None:
             self.capture()
-        for _ in range(number):
-            self.graph.replay() if self.graph else self.tick()
+        for _ in range(number // IN_GRAPH):
+            self.graph.replay()
 
     def capture(self):
-        """Make a tick one CUDA graph. The ticks before the capture, which load kernels, are real ones: so is all else
-        as it was."""
+        """Make ticks one CUDA graph. A tick before that loads the kernels; the state is put back."""
         kept = [x.clone() for x in vars(self.state).values()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.tick()
+            self.tick()
         torch.cuda.current_stream().wait_stream(stream)
         for x, old in zip(vars(self.state).values(), kept):
             x.copy_(old)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.tick()
+            for _ in range(IN_GRAPH):
+                self.tick()
 
     def run(self, prompts, limits, together=False, until=None):
         """A `Continuation` of each prompt by at most limits[i] tokens. Rows that end are given the next prompt, at the

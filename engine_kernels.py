@@ -25,7 +25,8 @@ except ImportError:  # PyTorch for the CPU comes without
 from kernels import INTERPRETED
 
 EPSILON = tl.constexpr(1.1920929e-07) if triton else None  # of F.rms_norm: that of float32
-TILES = {"qkv": 8, "output": 4, "gate_up": 8, "down": 2, "head": 16}  # rows of a matrix that a program has
+# Rows of a matrix that a program has, and its warps.
+TILES = {"qkv": (8, 8), "output": (4, 4), "gate_up": (8, 8), "down": (2, 4), "head": (8, 8)}
 SPLITS, KEYS = 4, 64  # programs that share the keys of a head, and keys that one reads at a time
 
 
@@ -315,7 +316,7 @@ class Tick:
         c, device = engine.model.config, engine.keys.device
         vector = lambda size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=device)  # noqa: E731
         self.x, self.y, self.qkv, self.product = map(vector, (c.width, c.width, 3 * c.width, c.hidden))
-        self.parts, self.tiles = _parts(engine, 1), -(-c.vocab_size // TILES["head"])
+        self.parts, self.tiles = _parts(engine, 1), -(-c.vocab_size // TILES["head"][0])
         self.best, self.which = vector(self.tiles), vector(self.tiles, torch.int32)
         self.threshold = torch.full((1,), 1 - c.halting_eps, device=device)
 
@@ -328,11 +329,10 @@ class Tick:
 
         def launch(kernel, name, rows, *arguments, **constants):
             matrix, scale = getattr(w, name)
-            scaled = scale is not None
-            before, after = arguments
-            kernel[(triton.cdiv(rows, TILES[name]),)](
-                *before, matrix, scale if scaled else matrix, *after, rows, **size, **constants, TILE=TILES[name],
-                SCALED=scaled, num_warps=4,
+            scaled, (before, after), (tile, warps) = scale is not None, arguments, TILES[name]
+            kernel[(triton.cdiv(rows, tile),)](
+                *before, matrix, scale if scaled else matrix, *after, rows, **size, **constants, TILE=tile,
+                SCALED=scaled, num_warps=warps,
             )  # fmt: skip
 
         launch(_qkv, "qkv", 3 * D, (s.h, s.e, s.step, inject, gains), (self.qkv, self.x), **own)
@@ -350,8 +350,8 @@ class Tick:
         matrix, scale = w.head
         _head[(self.tiles,)](
             s.out, s.halted, s.position, engine.seed, matrix, matrix if scale is None else scale, model.padding,
-            self.best, self.which, c.vocab_size, engine.temperature, **size, TILE=TILES["head"],
-            SCALED=scale is not None, RANDOM=engine.sampling[0] > 0, num_warps=4,
+            self.best, self.which, c.vocab_size, engine.temperature, **size, TILE=TILES["head"][0],
+            SCALED=scale is not None, RANDOM=engine.sampling[0] > 0, num_warps=TILES["head"][1],
         )  # fmt: skip
         _next[(1,)](
             s.halted, self.best, self.which, s.token, s.position, s.first, s.step, s.h, s.e, s.out, s.remainder, s.left,
@@ -361,9 +361,9 @@ class Tick:
 
     def _down(self, own):
         engine, s = self.engine, self.engine.state
-        c, (matrix, scale) = engine.model.config, engine.weights.down
-        _down[(triton.cdiv(c.width, TILES["down"]),)](
+        c, (matrix, scale), (tile, warps) = engine.model.config, engine.weights.down, TILES["down"]
+        _down[(triton.cdiv(c.width, tile),)](
             self.product, self.y, s.step, engine.gains, matrix, matrix if scale is None else scale, s.h, c.width,
-            WIDTH=c.width, HIDDEN=c.hidden, BLOCK=min(2048, triton.next_power_of_2(c.hidden)), TILE=TILES["down"],
-            SCALED=scale is not None, num_warps=4, **own,
+            WIDTH=c.width, HIDDEN=c.hidden, BLOCK=min(2048, triton.next_power_of_2(c.hidden)), TILE=tile,
+            SCALED=scale is not None, num_warps=warps, **own,
         )  # fmt: skip

@@ -25,7 +25,7 @@ def test_in_the_interpreter(interpret):
 def few_launches(monkeypatch):
     monkeypatch.setattr(engine, "AHEAD", 3)
     if INTERPRETED:  # programs take turns there
-        monkeypatch.setattr(engine_kernels, "TILES", dict.fromkeys(engine_kernels.TILES, 32))
+        monkeypatch.setattr(engine_kernels, "TILES", dict.fromkeys(engine_kernels.TILES, (32, 4)))
 
 
 def one_by_one(model, prompts, limits, **options):
@@ -144,3 +144,32 @@ def test_what_it_cannot_run_is_refused(tiny, changes, options, message):
 def test_a_limit_beyond_its_room_is_refused(tiny):
     with pytest.raises(ValueError, match="limit 13 is beyond longest = 12"):
         Engine(tiny(), 1, longest=12).run([[0]], [13])
+
+
+@plain
+@pytest.mark.parametrize("weight", ["*bf16", "*fp8e4nv"])
+@pytest.mark.parametrize("capability", [89, 90, 120])
+def test_kernels_compile(capability, weight):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    f, i, whole, numbers = "*fp32", "*i64", "i32", ["i32"] * 4
+    size, own = dict(WIDTH=1280, BLOCK=2048), dict(TILE=8, SCALED=weight != "*bf16", OWN=False)
+    for kernel, types, constants in (
+        ("_qkv", [f, f, i, f, f, weight, f, f, f, whole], size | own),
+        ("_attend", [f, "*bf16", "*bf16", i, i, i, "*fp64", f, f, f, *numbers], dict(HALF=32, BLOCK=64, PARTS=4)),
+        ("_output", [f, f, f, f, i, f, weight, f, f, whole], size | own | dict(HEAD=64, PARTS=4)),
+        ("_gate_up", [f, i, f, weight, f, f, whole], size | own),
+        ("_down", [f, f, i, f, weight, f, f, whole], own | dict(WIDTH=1280, HIDDEN=10240, BLOCK=2048)),
+        ("_halt", [f, f, f, i, i, i, f, f, whole, f], size | dict(ACT=True, ADAPTIVE=True)),
+        ("_head", [f, i, i, i, weight, f, f, f, "*i32", whole, f],
+         size | dict(TILE=16, SCALED=weight != "*bf16", RANDOM=True)),
+        ("_next", [i, f, "*i32", i, i, i, i, f, f, f, f, i, i, i, i, f, *numbers], size | dict(END=50256, MANY=4096)),
+    ):  # fmt: skip
+        kernel = getattr(engine_kernels, kernel)
+        assert len(types) + len(constants) == len(kernel.arg_names)
+        types = dict(zip(kernel.arg_names, types + ["constexpr"] * len(constants)))
+        assert triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32)).asm[
+            "cubin"
+        ]
