@@ -16,7 +16,7 @@ import torch
 from bench_common import aim, align, clock, finish, load, note
 from decoding import generate
 from engine import Engine
-from model import RecurrentTransformer, pick_dtype
+from model import LAST, RecurrentTransformer, pick_dtype
 
 
 def run_decode(args, overrides):
@@ -149,7 +149,7 @@ class Bench:
         def uncached(n):
             text = list(context)
             for _ in range(n):
-                text.append(int(model(torch.tensor([text]), depth=N, keep=1).logits[0, -1].argmax()))
+                text.append(int(model(torch.tensor([text]), depth=N, keep=LAST).logits[0, -1].argmax()))
 
         timed("no cache", uncached, max(2, few // 4))
         try:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import engine_kernels
 from decoding import Continuation, truncate
 from kernels import heads
-from model import norm
+from model import LAST, norm
 
 AHEAD = 32  # ticks between two looks of the host
 IN_GRAPH = 8  # ticks of one CUDA graph; divides AHEAD
@@ -231,7 +231,7 @@ class Engine:
         s, model = self.state, self.model
         memory, position = model.new_memory(1, self.length), len(prompt)
         for part in torch.tensor([prompt]).split(self.segment, 1):
-            out = model(part, memory=memory, depth=None if self.adaptive else self.steps, keep=1)
+            out = model(part, memory=memory, depth=None if self.adaptive else self.steps, keep=LAST)
             memory = out.memory
         ring = memory.resized(self.columns).ring
         for cache, part in ((self.keys, ring.keys), (self.values, ring.values)):

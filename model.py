@@ -259,15 +259,13 @@ class RecurrentTransformer(nn.Module):
         """Train with FP8 GEMMs, those of `gemms`."""
         self.gemms, self.scales = gemms, fp8.Scales(self.uses, self.embedding.weight.device, gemms.gradients)
 
-    def forward(
-        self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None, states=None, keep=None
-    ):  # fmt: skip
+    def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None, states=None):
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
         rule; or k to make every token take exactly k steps (no token halts before), or one k for each, (B, T) int64 on
         the host. weights: (B, T) float32 of the tokens in the loss; None: their mean; or a function that makes the
         loss, a scalar, of nll (B, T). spans: what `spans(tokens, memory)` returned, where it was worked out ahead.
-        states: a list to append every step's state to. keep: there are logits of so many of the last tokens; None: of
-        all. Returns `Output`. With `halting = exit`, gradients and targets, its loss is that of `learn_exit`.
+        states: a list to append every step's state to. Returns `Output`. With `halting = exit`, gradients and targets,
+        its loss is that of `learn_exit`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
@@ -349,7 +347,6 @@ class RecurrentTransformer(nn.Module):
 
         logits = loss = nll = None
         if targets is None:
-            out = out[:, out.shape[1] - min(keep, out.shape[1]) :] if keep is not None else out
             logits = F.linear(norm(out), self.w_head.low, self.padding.to(out.dtype))
         else:
             if weights is None:
