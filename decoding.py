@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from model import LAST
+
 # -------------------------------------------------------------------------------------------------- one token
 
 
@@ -114,7 +116,7 @@ class Session:
                 self.memory, self.unread = self.model.new_memory(1, self.memory_length), list(self.text)
                 raise
             part, rest = self.unread[: self.segment], self.unread[self.segment :]
-            out = self.model(torch.tensor([part]), memory=self.memory, depth=self.depth)
+            out = self.model(torch.tensor([part]), memory=self.memory, depth=self.depth, keep=LAST)
             self.memory, self.unread = out.memory, rest
         return out
 
@@ -173,7 +175,7 @@ def generate_batch(
         unread, going = tokens.split(segment, 1), set(batch)
         for _ in range(limit):
             for part in unread:
-                out = model(part, memory=memory, depth=depth)
+                out = model(part, memory=memory, depth=depth, keep=LAST)
                 memory = out.memory
             drawn, taken = sampler.draw(out.logits[:, -1]), out.depth[:, -1].tolist()
             for i, token, steps in zip(batch, drawn.tolist(), taken):

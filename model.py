@@ -34,6 +34,8 @@ import kernels
 from halting import ActState, Packed
 from memory import Memory, Spans, read_later
 
+ALL, LAST = ..., (slice(None), slice(-1, None))  # indices into (B, T): tokens whose logits are wanted
+
 
 @dataclass
 class ModelConfig:
@@ -87,11 +89,11 @@ class ModelConfig:
 
 @dataclass
 class Output:
-    """Of one segment. logits: (B, T, padded V), or None where `targets` were given; then loss: the weighted sum of nll
-    (or a function of it), to differentiate, and nll: (B, T) float32 nats, to report;
-    depth: (B, T) int64 steps used, Graves' N(t); ponder: (B, T) float32, N(t) + R(t); weights: (steps, B, T) of the
-    states in the output, or None where halting is fixed; context: mean number of visible keys;
-    memory: for the next segment, or None."""
+    """Of one segment. logits: (B, T, padded V), or of the tokens to `keep`; None where `targets` were given; then loss:
+    the weighted sum of nll (or a function of it), to differentiate, and nll: (B, T) float32 nats, to report; depth:
+    (B, T) int64 steps used, Graves' N(t); ponder: (B, T) float32, N(t) + R(t); weights: (steps, B, T) of the states in
+    the output, or None where halting is fixed; context: mean number of visible keys; memory: for the next segment, or
+    None."""
 
     logits: torch.Tensor | None
     loss: torch.Tensor | None
@@ -259,13 +261,16 @@ class RecurrentTransformer(nn.Module):
         """Train with FP8 GEMMs, those of `gemms`."""
         self.gemms, self.scales = gemms, fp8.Scales(self.uses, self.embedding.weight.device, gemms.gradients)
 
-    def forward(self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None, states=None):
+    def forward(
+        self, tokens, targets=None, memory=None, depth=None, weights=None, spans=None, states=None, keep=ALL
+    ):  # fmt: skip
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
         rule; or k to make every token take exactly k steps (no token halts before), or one k for each, (B, T) int64 on
         the host. weights: (B, T) float32 of the tokens in the loss; None: their mean; or a function that makes the
         loss, a scalar, of nll (B, T). spans: what `spans(tokens, memory)` returned, where it was worked out ahead.
-        states: a list to append every step's state to. Returns `Output`. With `halting = exit`, gradients and targets,
-        its loss is that of `learn_exit`.
+        states: a list to append every step's state to. keep: an index into (B, T), of the tokens whose logits are
+        wanted where there are no targets: LAST, any slices, or a mask on the host, for which logits are (kept, V).
+        Returns `Output`. With `halting = exit`, gradients and targets, its loss is that of `learn_exit`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
@@ -347,7 +352,7 @@ class RecurrentTransformer(nn.Module):
 
         logits = loss = nll = None
         if targets is None:
-            logits = F.linear(norm(out), self.w_head.low, self.padding.to(out.dtype))
+            logits = F.linear(norm(out[keep]), self.w_head.low, self.padding.to(out.dtype))
         else:
             if weights is None:
                 weights = torch.full(tokens.shape, 1 / tokens.numel(), device=device)

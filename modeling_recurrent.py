@@ -155,14 +155,16 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         memory, parts = None, []
         if cache:
             memory = cache.memory or self.model.new_memory(len(tokens), cache.length)
-        segment = self.config.segment if cache else tokens.shape[1]
+        T = tokens.shape[1]
+        segment, start = (self.config.segment if cache else T), (max(0, T - keep) if keep else 0)
         for piece, opened in zip(tokens.split(segment, 1), marked.split(segment, 1)):
-            out = self.model(piece, memory=memory, depth=depth, spans=self.model.spans(opened, memory))
-            memory = out.memory
-            parts.append(out.logits[:, -keep:, : self.config.vocab_size])
+            spans, wanted = self.model.spans(opened, memory), (slice(None), slice(max(0, start), None))
+            out = self.model(piece, memory=memory, depth=depth, spans=spans, keep=wanted)
+            memory, start = out.memory, start - piece.shape[1]
+            parts.append(out.logits[..., : self.config.vocab_size])
         if cache:
             cache.memory = memory
-        return torch.cat(parts, 1)[:, -keep:]
+        return torch.cat(parts, 1)
 
     def _mark(self, tokens, mask, past):
         """Tokens (B, T) on the host, with the id that opens a document at the first real token of every row. It is only

@@ -77,9 +77,9 @@ class Harness(LM):
             memory = self.model.new_memory(len(batch), min(self.memory, T)) if T > segment else None
             for start in range(0, T, segment):
                 part = slice(start, min(start + segment, T))
-                out = self.model(tokens[:, part], memory=memory, depth=self.depth)
-                memory, here = out.memory, scored[:, part]
-                logits = out.logits[here.to(out.logits.device)].float()  # (scored, V), the few that count
+                here = scored[:, part]
+                out = self.model(tokens[:, part], memory=memory, depth=self.depth, keep=here)
+                memory, logits = out.memory, out.logits.float()  # (scored, V), the few that count
                 targets = tokens[:, start + 1 : part.stop + 1][here].to(logits.device)
                 nll[:, part][here] = F.cross_entropy(logits, targets, reduction="none").double().cpu()
                 greedy[:, part][here] = (logits.argmax(-1) == targets).cpu()

@@ -52,12 +52,12 @@ class Scripted:
     def new_memory(self, batch, length):
         return SimpleNamespace(settle=lambda: None, predictions=0)
 
-    def __call__(self, tokens, memory, depth):
+    def __call__(self, tokens, memory, depth, keep):
         self.read.append(tokens.shape[1])
         logits, nth = torch.zeros(1, tokens.shape[1], data.VOCAB_SIZE), memory.predictions
         logits[0, -1, self.tokens[nth]] = 50.0
         memory = SimpleNamespace(settle=lambda: None, predictions=nth + 1)
-        return SimpleNamespace(logits=logits, depth=torch.full(tokens.shape, 1 + nth % 2), memory=memory)
+        return SimpleNamespace(logits=logits[keep], depth=torch.full(tokens.shape, 1 + nth % 2), memory=memory)
 
 
 def ids(made):

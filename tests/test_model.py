@@ -11,7 +11,7 @@ import config
 import train
 from halting import Packed, PonderWeight
 from kernels import rotate
-from model import ModelConfig, RecurrentTransformer, norm
+from model import LAST, ModelConfig, RecurrentTransformer, norm
 
 V, START = 97, 0  # a small vocabulary; token 0 opens a document
 
@@ -477,6 +477,16 @@ def test_padded_ids_can_never_be_chosen_and_do_not_enter_the_loss():
     nll = model(tokens[:, :-1], tokens[:, 1:]).nll
     wanted = F.cross_entropy(out.logits[:, :-1, :V].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(nll.flatten(), wanted)
+
+
+@torch.no_grad()
+def test_logits_of_the_tokens_to_keep_are_those_of_all():
+    model, tokens = build(), text()
+    whole, some = model(tokens), torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.2
+    for keep in (LAST, some, (slice(None), slice(99, None))):
+        out = model(tokens, keep=keep)
+        torch.testing.assert_close(out.logits, whole.logits[keep])
+        assert torch.equal(out.depth, whole.depth)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import decoding
 import evaluate
 import sample
 import zeroshot
+from model import ALL
 
 EOT = data.EOT
 V = data.VOCAB_SIZE
@@ -131,11 +132,11 @@ class Known:
     def new_memory(self, batch, length):
         return None
 
-    def __call__(self, tokens, targets=None, memory=None, depth=None):
+    def __call__(self, tokens, targets=None, memory=None, depth=None, keep=ALL):
         logits = torch.zeros(*tokens.shape, V)
         for token, (following, p) in self.rules.items():
             logits[tokens == token, following] = math.log(p / (1 - p) * (V - 1))
-        return SimpleNamespace(logits=logits, depth=torch.where(tokens == EOT, 1, 3), memory=None)
+        return SimpleNamespace(logits=logits[keep], depth=torch.where(tokens == EOT, 1, 3), memory=None)
 
 
 def write(folder, name, *rows):
