@@ -27,6 +27,7 @@ from kernels import INTERPRETED
 EPSILON = tl.constexpr(1.1920929e-07) if triton else None  # of F.rms_norm: that of float32
 # Rows of a matrix that a program has, and its warps.
 TILES = {"qkv": (8, 8), "output": (4, 4), "gate_up": (8, 8), "down": (2, 4), "head": (8, 8)}
+PROGRAMS = 1024  # of the head
 SPLITS, KEYS = 4, 64  # programs that share the keys of a head, and keys that one reads at a time
 
 
@@ -105,7 +106,8 @@ def _attend(
     row, head, part = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     lane = tl.arange(0, HALF)
     p, n = tl.load(position + row), tl.minimum(tl.load(step + row), slots - 1)
-    oldest, column = tl.load(first + row), p % M
+    visible = (p - tl.load(first + row)).to(tl.int32)  # tokens before this one; remainders of 64 bits take long
+    column = (p % M).to(tl.int32)
     angle = p.to(tl.float64) * tl.load(frequency + lane)
     angle = (angle - tl.floor(angle / 6.283185307179586) * 6.283185307179586).to(tl.float32)
     c, s = tl.cos(angle), tl.sin(angle)
@@ -131,8 +133,8 @@ def _attend(
         high_, sum_, acc_a, acc_b = tl.sum(q_a * k_a + q_b * k_b, 0), 1.0, v_a, v_b
     for start in range(part * BLOCK, M, PARTS * BLOCK):
         j = start + tl.arange(0, BLOCK)
-        behind = (column - j + M) % M
-        seen = (j < M) & (behind > 0) & (p - behind >= oldest)
+        behind = tl.where(j <= column, column - j, column - j + M)
+        seen = (j < M) & (behind > 0) & (behind <= visible)
         at = (((n * rows + row).to(tl.int64) * M + j) * row_size + head * (2 * HALF))[:, None] + lane[None, :]
         k_a = tl.load(keys + at, mask=seen[:, None], other=0.0).to(tl.float32)
         k_b = tl.load(keys + at + HALF, mask=seen[:, None], other=0.0).to(tl.float32)
@@ -239,17 +241,19 @@ def _head(
     out, halted, position, seed, weight, scale, padding, best, which, rows, temperature,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
+    """A program goes over every so many tiles: where nothing halts, few have to start."""
     if tl.load(halted) == 0:
         return
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     y = _norm(_vector(out, WIDTH, BLOCK), WIDTH)
-    logit = _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED)
-    logit = tl.where(row < rows, logit + tl.load(padding + row, mask=row < rows, other=0.0), float("-inf"))
-    if RANDOM:  # the largest of logits and Gumbel noise is a draw from their softmax
-        uniform = tl.rand(tl.load(seed) + tl.load(position), row)
-        logit = logit / tl.load(temperature) - tl.log(-tl.log(tl.maximum(uniform, 1e-20)))
-    tl.store(best + tl.program_id(0), tl.max(logit, 0))
-    tl.store(which + tl.program_id(0), tl.program_id(0) * TILE + tl.argmax(logit, 0))
+    for tile in range(tl.program_id(0), (rows + TILE - 1) // TILE, tl.num_programs(0)):
+        row = tile * TILE + tl.arange(0, TILE)
+        logit = _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED)
+        logit = tl.where(row < rows, logit + tl.load(padding + row, mask=row < rows, other=0.0), float("-inf"))
+        if RANDOM:  # the largest of logits and Gumbel noise is a draw from their softmax
+            uniform = tl.rand(tl.load(seed) + tl.load(position), row)
+            logit = logit / tl.load(temperature) - tl.log(-tl.log(tl.maximum(uniform, 1e-20)))
+        tl.store(best + tile, tl.max(logit, 0))
+        tl.store(which + tile, tile * TILE + tl.argmax(logit, 0))
 
 
 @jit
@@ -348,7 +352,7 @@ class Tick:
             ACT=c.halting == "act", ADAPTIVE=engine.adaptive, num_warps=4,
         )  # fmt: skip
         matrix, scale = w.head
-        _head[(self.tiles,)](
+        _head[(min(self.tiles, PROGRAMS),)](
             s.out, s.halted, s.position, engine.seed, matrix, matrix if scale is None else scale, model.padding,
             self.best, self.which, c.vocab_size, engine.temperature, **size, TILE=TILES["head"][0],
             SCALED=scale is not None, RANDOM=engine.sampling[0] > 0, num_warps=TILES["head"][1],
