@@ -15,6 +15,8 @@ import torch
 
 from model import LAST
 
+ENGINE_ROWS = 64  # of texts that decode at once on a GPU
+
 # -------------------------------------------------------------------------------------------------- one token
 
 
@@ -83,6 +85,7 @@ class Session:
         self.model, self.memory_length, self.segment, self.depth = model, memory_length, segment, depth
         self.memory = model.new_memory(1, memory_length)
         self.text, self.unread = [], []
+        self.engine = None  # and what it was made for
 
     def feed(self, tokens):
         """Add ids to the text; they are read when the next token is drawn."""
@@ -99,6 +102,9 @@ class Session:
         """
         config, text = self.model.config, torch.tensor([self.text])
         sampler = Sampler(config, text, temperature, top_k, top_p, repetition_penalty, generator)
+        if engine := self._engine(max_tokens, temperature, top_k, top_p, repetition_penalty):
+            yield from self._by(engine, sampler, max_tokens, generator)
+            return
         for _ in range(max_tokens):
             out = self._read()
             token = int(sampler.draw(out.logits[:, -1]))
@@ -106,6 +112,33 @@ class Session:
                 return
             self.feed([token])
             yield token, int(out.depth[0, -1])
+
+    def _engine(self, max_tokens, temperature, top_k, top_p, repetition_penalty):
+        """The `engine.Engine` for this text, or None where its kernels are not made for it."""
+        from engine import Engine, has_kernels
+
+        if repetition_penalty != 1 or max_tokens < 2 or not has_kernels(self.model, 1, top_k, top_p):
+            return None
+        key = temperature, max_tokens, self.depth
+        if self.engine is None or self.engine[0] != key:
+            self.engine = key, Engine(self.model, 1, self.memory_length, self.depth, max_tokens, None, temperature)
+        return self.engine[1]
+
+    def _by(self, engine, sampler, max_tokens, generator):
+        """`stream`, whose tokens after the first come from the engine. Those are unread to the model, which reads them
+        in one go when the conversation goes on."""
+        out = self._read()
+        token, depth = sampler.draw(out.logits[:, -1]), int(out.depth[0, -1])
+        if int(token) == self.model.config.document_start:
+            return
+        self.feed([int(token)])
+        yield int(token), depth
+        device = self.model.embedding.weight.device
+        engine.place(0, self.memory, token[0].to(device), depth, max_tokens)
+        engine.seed.random_(2**62, generator=generator)
+        for token, depth in engine.stream(0, max_tokens):
+            self.feed([token])
+            yield token, depth
 
     def _read(self):
         """The model's `Output` for the last segment of what is unread."""
@@ -161,12 +194,21 @@ def generate_batch(
     Texts of a batch end together: each is padded on the left, with <|endoftext|>s, which are documents of their own
     that the text cannot see. A model with `cross_documents` would see them, and gets one text at a time.
     """
+    from engine import Engine, unfit
+
     config = model.config
     eot, made = config.document_start, [Continuation() for _ in prompts]
     for i, prompt in enumerate(prompts):
         if prompt[:1] != [eot]:
             raise ValueError(f"prompt {i} opens with {prompt[:1]}, not with <|endoftext|>, {eot}: it would see padding")
     asked = [i for i, limit in enumerate(limits) if limit > 0]
+    drawn_alike = repetition_penalty == 1 and (temperature == 0 or generator is None)
+    if asked and model.embedding.weight.is_cuda and drawn_alike and unfit(model, ENGINE_ROWS) is None:
+        longest = max(limits)
+        length = min(memory_length, max(map(len, prompts)) + longest)
+        rows = min(ENGINE_ROWS, len(asked))
+        engine = Engine(model, rows, length, depth, longest, None, temperature, top_k, top_p, segment)
+        return engine.run(prompts, limits, until=until)
     for batch in [[i] for i in asked] if config.cross_documents else filter(None, [asked]):
         T, limit = max(len(prompts[i]) for i in batch), max(limits[i] for i in batch)
         tokens = torch.tensor([[eot] * (T - len(prompts[i])) + prompts[i] for i in batch])

@@ -127,9 +127,7 @@ class Engine:
         self.frequency = c.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.temperature = torch.full((1,), float(temperature), device=device)
-        kernels = engine_kernels.available(model)
-        plain = c.halting in ("act", "fixed") and top_k is None and top_p == 1 and not self.plain
-        self.kernels = engine_kernels.Tick(self) if rows == 1 and plain and kernels else None
+        self.kernels = engine_kernels.Tick(self) if has_kernels(model, rows, top_k, top_p) else None
         self.graph = None
 
     # ---------------------------------------------------------------------------------------------- one tick
@@ -227,25 +225,43 @@ class Engine:
     @torch.no_grad()
     def join(self, row, prompt, limit):
         """Put a text (a list of ids) into a row, to be continued by up to `limit` tokens. The model itself reads it,
-        into a memory that becomes the row of the cache, and the first token is drawn from its logits."""
-        s, model = self.state, self.model
-        memory, position = model.new_memory(1, self.length), len(prompt)
+        and the first token is drawn from its logits."""
+        model, memory = self.model, self.model.new_memory(1, self.length)
         for part in torch.tensor([prompt]).split(self.segment, 1):
             out = model(part, memory=memory, depth=None if self.adaptive else self.steps, keep=LAST)
             memory = out.memory
+        drawn = self.sample(out.logits[:, -1, : model.config.vocab_size].float())[0]
+        self.place(row, memory, drawn, out.depth[0, -1], limit)
+
+    @torch.no_grad()
+    def place(self, row, memory, drawn, depth, limit):
+        """Put a text into a row whose `memory`, of `length` tokens, the model has filled, and after which it has drawn
+        a first token; `depth`: the steps that this took. limit: counts that token."""
+        s, model, position = self.state, self.model, memory.position
         ring = memory.resized(self.columns).ring
         for cache, part in ((self.keys, ring.keys), (self.values, ring.values)):
             for slot in range(self.slots):
                 cache[slot, row] = part[slot][0]
-        drawn = self.sample(out.logits[:, -1, : model.config.vocab_size].float())[0]
         e = norm(model.embedding(drawn).to(model.compute_dtype)).float()
-        s.tokens[row, 0], s.depths[row, 0] = drawn, out.depth[0, -1]
+        s.tokens[row, 0], s.depths[row, 0] = drawn, depth
         for tensor, value in (
             (s.token, drawn), (s.position, position), (s.first, position - min(int(memory.live[0]), self.length)),
             (s.step, 0), (s.h, e), (s.e, e), (s.out, 0), (s.remainder, 1), (s.halted, 0), (s.written, 1),
             (s.left, torch.where(drawn == model.config.document_start, 0, limit - 1)),
         ):  # fmt: skip
             tensor[row] = value
+
+    def stream(self, row, limit):
+        """Yield (token, depth) of a row's text from its second token on, until <|endoftext|> or `limit` tokens."""
+        s, done, end = self.state, 1, self.model.config.document_start
+        while done < limit:
+            self.ticks(AHEAD)
+            count = int(s.written[row])
+            for token, depth in zip(s.tokens[row, done:count].tolist(), s.depths[row, done:count].tolist()):
+                if token == end:
+                    return
+                yield token, depth
+            done = count
 
     def ticks(self, number):
         """Run `number` ticks. On CUDA that is a multiple of `IN_GRAPH`, and they are launched without waiting."""
@@ -307,6 +323,13 @@ class Engine:
                 if not left[row]:
                     owner[row] = None
         return made
+
+
+def has_kernels(model, rows, top_k=None, top_p=1.0):
+    """Whether a tick is that of engine_kernels.py."""
+    c = model.config
+    plain = c.halting in ("act", "fixed") and c.injection == "gain" and top_k is None and top_p == 1
+    return rows == 1 and plain and engine_kernels.available(model) and unfit(model, rows) is None
 
 
 def unfit(model, rows):

@@ -48,6 +48,7 @@ class Scripted:
 
     def __init__(self, tokens):
         self.tokens, self.read, self.config = tokens, [], ModelConfig(max_depth=4)
+        self.embedding = SimpleNamespace(weight=torch.zeros(1))
 
     def new_memory(self, batch, length):
         return SimpleNamespace(settle=lambda: None, predictions=0)

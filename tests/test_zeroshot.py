@@ -127,6 +127,7 @@ class Known:
 
     def __init__(self, **rules):
         self.config = SimpleNamespace(document_start=EOT, cross_documents=False, vocab_size=V)
+        self.embedding = SimpleNamespace(weight=torch.zeros(1))
         self.rules = {encode(a)[-1]: (encode(b)[0], p) for a, (b, p) in rules.items()}
 
     def new_memory(self, batch, length):
