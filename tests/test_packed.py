@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import packed
+import sample
 from fp8 import BF16, Weight
 from model import ModelConfig, RecurrentTransformer
 
@@ -86,3 +87,15 @@ def test_training_multiplies_in_full_precision():
     out = model(tokens[:, :-1], tokens[:, 1:])
     out.loss.backward()
     assert out.loss.item() == plain and model.embedding.weight.grad.any()
+
+
+def test_the_option_takes_float16_where_that_is_possible(monkeypatch):
+    model = RecurrentTransformer(ModelConfig(width=32, heads=2, hidden=48, vocab_size=97, document_start=0))
+    assert [sample.weight_format(name, model) for name in ("auto", "full", "int8")] == ["float16", None, "int8"]
+    model.compute_dtype = torch.bfloat16
+    assert sample.weight_format("auto", model) is None
+    monkeypatch.setattr(packed, "supported", lambda: False)
+    model.compute_dtype = torch.float32
+    assert sample.weight_format("auto", model) is None
+    with pytest.raises(sample.InputError, match="int8"):
+        sample.weight_format("int8", model)
