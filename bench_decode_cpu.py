@@ -12,10 +12,10 @@
 All continue one prompt of random tokens at temperature 1, by models with random weights: by random tokens, therefore;
 greedily they would repeat themselves, at one depth. The end of a text is never drawn.
 Times are of a token after the first, so that none has the prompt in it. Peers take turns, and every turn of a peer does
-the same: the time is that of its fastest turn, as other work on the machine can only add, and what it adds is not fair:
-where threads wait for each other thirty times a token, it is the fast ones that wait most. `median` tells how much it was.
-`MB read`: the weights that a token uses, each as often as it is used; `of copy`: the
-share of the bandwidth of a large copy (bytes read and written) that this is. More than 1: weights stay in a cache.
+the same: the time is that of its fastest turn, as other work on the machine can only add, and what it adds is not
+fair: threads wait for each other thirty times a token, and that weighs most where a token is short. `median` shows it.
+`MB read`: the weights that a token uses, each as often as it is used; `of copy`: the share of the bandwidth of a large
+copy (bytes read and written) that this is. More than 1: weights stay in a cache.
 """
 
 import copy
