@@ -7,6 +7,7 @@
     python bench.py gemm                                           every product alone: bf16, FP8, fast accumulation
     python bench.py attention --memory 512,4096                    attention.py beside PyTorch's own
     python bench.py decode                                         tokens a second of one text and of many
+    python bench.py decode_cpu                                     the same of one text on a CPU, beside transformers
 
 train: naive (the model as a competent person writes it in eager PyTorch, naive.py), bf16 and fp8 (those of train.py),
 stacked (bf16, as many own blocks as the shared one has uses: equal FLOPs, N times the weights), bf16_packed and
@@ -38,6 +39,7 @@ import kernels
 import optim
 from bench_common import aim, align, clock, finish, load, note, several, whole
 from bench_decode import SECTIONS, run_decode
+from bench_decode_cpu import run_decode_cpu
 from bench_kernels import gemm_seconds, limits_of, model_gemms, muon_gemms, run_attention, run_gemm
 from config import ConfigError
 from memory import read_later
@@ -402,6 +404,11 @@ def main(argv=None):
     add_decode("--depth", type=float, default=5.0, help="mean depth where it is adaptive")
     add_decode("--rows", type=whole, default=64, help="texts at once")
     add_decode("--sections", type=several(section), default=",".join(SECTIONS), help="what is measured")
+    add_cpu = add(run_decode_cpu, "tokens a second on a CPU, beside peers", rounds=3, memory=False)
+    add_cpu("--context", type=whole, default=256, help="tokens of the prompt")
+    add_cpu("--tokens", type=whole, default=8, help="new tokens in a turn")
+    add_cpu("--depth", type=float, default=5.0, help="mean depth where it is adaptive")
+    add_cpu("--threads", type=whole, default=2, help="of PyTorch")
     args, overrides = parser.parse_known_args(argv)
     try:
         return args.run(args, overrides)

@@ -20,8 +20,10 @@ and multiplies in float32. The residual stream, norms, injection, halting head a
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import kernels
+import packed
 from kernels import (
     E4M3,
     E5M2,
@@ -36,6 +38,7 @@ from kernels import (
     swiglu_gradient,
     swiglu_gradient_quantize,
     swiglu_quantize,
+    swiglu_rounded,
     transpose,
     triton,
 )
@@ -60,9 +63,12 @@ BF16, FP8 = Gemms(), Gemms(True, True, True)
 
 
 def matmul(a, b, inverse_a=None, inverse_b=None, dtype=None, bias=None):
-    """a (m, k) @ b (n, k).T + bias as (m, n) of `dtype`; FP8 operands come with the inverse of their scales."""
+    """a (m, k) @ b (n, k).T + bias as (m, n) of `dtype`; FP8 operands come with the inverse of their scales. Without
+    these, b may be `packed.Packed`, and a have more dimensions."""
+    if isinstance(b, packed.Packed):
+        return b(a) if bias is None else b(a) + bias
     if inverse_a is None:
-        return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
+        return F.linear(a, b, bias)
     return _scaled_matmul(a, b, inverse_a, inverse_b, dtype, bias)
 
 
@@ -90,7 +96,8 @@ def _(a, b, inverse_a, inverse_b, dtype, bias):
 class Weight:
     """The matrices of layers that read the same input, stacked: float32 masters and what the GEMMs multiply with.
 
-    low: (m, k) in the dtype of the activations. rounded, rounded_t: (m, k) and (k, m) in E4M3, inverse: of their scale.
+    low: (m, k) in the dtype of the activations, or `packed.Packed`. rounded, rounded_t: (m, k) and (k, m) in E4M3,
+    inverse: of their scale.
     """
 
     def __init__(self, *masters):
@@ -98,20 +105,26 @@ class Weight:
         self.low = self.rounded = self.rounded_t = self.inverse = self.key = None
 
     @torch.no_grad()
-    def prepare(self, dtype, gemms):
-        """Bring the copies up to date, if the masters have changed since: once per optimizer step."""
-        key = (dtype, gemms, *((w.data_ptr(), w._version) for w in self.masters))
+    def prepare(self, dtype, gemms, form=None):
+        """Bring the copies up to date, if the masters have changed since: once per optimizer step. form: of
+        `packed.FORMATS`, for a CPU without gradient."""
+        key = (dtype, gemms, form, *((w.data_ptr(), w._version) for w in self.masters))
         if key == self.key:
             return
-        if self.key is None or self.key[:2] != key[:2]:
+        if self.key is None or self.key[:3] != key[:3]:
             self.low = self.rounded = self.rounded_t = self.inverse = None
         first, shape = self.masters[0], (sum(len(w) for w in self.masters), self.masters[0].shape[1])
-        if not all(gemms[:3]):
+        if form:
+            self.low = packed.Packed(torch.cat([w.detach() for w in self.masters]), form)
+        elif not all(gemms[:3]):
             if len(self.masters) == 1 and dtype == first.dtype:
                 self.low = first.detach()
             else:
                 if self.low is None or self.low.device != first.device:
-                    self.low = first.new_empty(shape, dtype=dtype)
+                    # columns one after another: so MKL reads them nearly twice as fast where there is one token
+                    by_column = first.device.type == "cpu" and dtype == torch.float32
+                    self.low = first.new_empty(shape[::-1] if by_column else shape, dtype=dtype)
+                    self.low = self.low.t() if by_column else self.low
                 for part, master in zip(self.low.split([len(w) for w in self.masters]), self.masters):
                     part.copy_(master)
         if any(gemms[:3]):
@@ -237,6 +250,8 @@ def _wrong(device):
 
 def linear(x, weight, gemms=BF16, scales=None, site=0):
     """x (..., k) through `weight`, (m, k): (..., m). scales: (scale, unscale, probe) of this use of the block."""
+    if gemms == BF16 and not torch.is_grad_enabled():
+        return matmul(x, weight.low)
     scales = (s[site :: len(SITES)] for s in scales) if scales else (None,) * 3
     copies = weight.low, weight.rounded, weight.rounded_t, weight.inverse
     y = _Linear.apply(x.flatten(0, -2), *copies, *scales, gemms, *weight.masters)
@@ -246,6 +261,9 @@ def linear(x, weight, gemms=BF16, scales=None, site=0):
 def mlp(x, gate_up, down, gemms=BF16, scales=None):
     """SwiGLU of x (..., D): down(silu(gate x) * up x), the two matrices of `gate_up` one product (Shazeer 2020, arXiv
     2002.05202). The backward pass keeps gate x and up x and recomputes their product."""
+    if gemms == BF16 and not torch.is_grad_enabled():
+        wide = matmul(x, gate_up.low)
+        return matmul(swiglu_rounded(wide.flatten(0, -2)).unflatten(0, x.shape[:-1]), down.low)
     scales = (s.unflatten(0, (2, -1))[:, 2:] for s in scales) if scales else (None,) * 3
     copies = [c for w in (gate_up, down) for c in (w.low, w.rounded, w.rounded_t, w.inverse)]
     y = _Mlp.apply(x.flatten(0, -2), *copies, *scales, gemms, *gate_up.masters, *down.masters)

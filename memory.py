@@ -121,7 +121,7 @@ class Spans:
         first = torch.where(start >= 0, M + start, M - live[:, None])  # (B, T), the first visible key of every query
         self.context = (M + index - first + 1).float().mean().item()
         self.live = torch.where(start[:, -1] >= 0, T - start[:, -1], live + T)
-        self.mask = self.first = self.last = self.offset = None
+        self.mask = self.first = self.last = self.offset = self.columns = None
         if kernel:
             # the last query that sees a key: the one before the next document opens
             following = torch.where(opens, index, T).flip(1).cummin(1).values.flip(1)
@@ -133,15 +133,43 @@ class Spans:
             key = torch.cat([(torch.arange(M) - offset) % max(M, 1), M + index])
             mask = (key >= first[..., None]) & (key <= M + index[:, None])
             self.mask = mask[:, None].to(device)  # (B, 1, T, M + T)
+            if T == 1 and M and device.type == "cpu":
+                self.columns = _columns(mask[:, :, :M])
 
     def attend(self, q, k, v, past):
         """Attention of q (B, T, H, d) over past (keys, values), each (B, M, H, d), and over k and v (B, T, H, d)."""
         if self.mask is None:
             return attention(q, k, v, past, self.first, self.last, self.offset)
+        if self.columns and not torch.is_grad_enabled():
+            return self._attend_one(q, k, v, *past)
         if past is not None:
             k, v = (torch.cat([old, new], 1) for old, new in zip(past, (k, v)))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
+
+    def _attend_one(self, q, k, v, keys, values):
+        """`attend` of one token a row on a CPU: what is visible is read where it lies, and no copy is made. The token's
+        own value joins by its share of the softmax, for which the log-sum-exp of the other scores is enough."""
+        columns, hidden = self.columns
+        past = (x[:, columns].transpose(1, 2) for x in (keys, values))
+        hidden = None if hidden is None else hidden.to(q.dtype)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found, lse = kernel(q.transpose(1, 2), *past, attn_mask=hidden)
+        own = (q * k).sum(-1, keepdim=True, dtype=lse.dtype) * q.shape[-1] ** -0.5
+        share = torch.sigmoid(own - lse.transpose(1, 2)[..., None])
+        return torch.lerp(found.transpose(1, 2), v, share.to(v.dtype))
+
+
+def _columns(seen):
+    """The columns that any row sees, as a slice, and an additive mask for these, (B, 1, 1, columns), or None where all
+    rows see them all. seen: (B, 1, M) bool. None where nobody sees anything."""
+    column = seen.any(0)[0].nonzero()[:, 0].tolist()
+    if not column:
+        return None
+    columns = slice(column[0], column[-1] + 1)
+    seen = seen[:, None, :, columns]
+    # a finite number: a row that sees none of them then gives them a share of zero
+    return columns, None if seen.all() else torch.where(seen, 0.0, -1e30)
 
 
 def _to(x, device):

@@ -154,9 +154,9 @@ class Block(nn.Module):
         self.w_gate_up = fp8.Weight(self.gate.weight, self.up.weight)
         self.w_down = fp8.Weight(self.down.weight)
 
-    def prepare(self, dtype, gemms):
+    def prepare(self, *how):
         for weight in (self.w_qkv, self.w_output, self.w_gate_up, self.w_down):
-            weight.prepare(dtype, gemms)
+            weight.prepare(*how)
 
     def attend(self, x, gains, rope, spans, past, gemms=(), frozen=None, active=None):
         """What the tokens of x (B, T, D) find, (B, T, H, d), and their (keys, values). gains: (4, D), or 1s. past: the
@@ -207,6 +207,7 @@ class RecurrentTransformer(nn.Module):
         self.w_inject = fp8.Weight(self.inject.weight) if config.injection == "concat_linear" else None
         self.w_head = fp8.Weight(self.embedding.weight)
         self.gemms, self.scales = fp8.BF16, None  # of training; without gradients every GEMM is in compute_dtype
+        self.weight_format = None  # of `packed.FORMATS`: what a CPU multiplies with, without gradient
         self.compiled, self.recompute = False, "none"
         # In training the SwiGLU leaves halted tokens out, where the rest fits one of these shares of all tokens: few,
         # as each is a graph, and set before `compile`.
@@ -301,6 +302,8 @@ class RecurrentTransformer(nn.Module):
 
         state = kvs = None
         e, h = h, h.clone()  # not one tensor under two names, which would be a graph of its own
+        # no token has halted, and the host knows it: then there is nothing to freeze
+        awake = not (torch.is_grad_enabled() or self.compiled or own)
         if adaptive or own or self.config.halting == "act":
             state = ActState.start(tokens, h)
             shape = (*h.shape[:-1], self.config.heads, -1)
@@ -320,7 +323,8 @@ class RecurrentTransformer(nn.Module):
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
             use = len(self.prelude) + n * R
-            arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms[use : use + R], kvs, state
+            frozen = None if awake else kvs
+            arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms[use : use + R], frozen, state
             if training and self.recompute == "step":
                 h, kvs, state, weight = checkpoint(self.step, *arguments, thresholds[n], capacity, use_reentrant=False)
             elif index is not None:
@@ -336,6 +340,7 @@ class RecurrentTransformer(nn.Module):
                 index = state.active.flatten().nonzero()[:, 0]  # here the host waits for the device
                 if not len(index):
                     break
+                awake = awake and len(index) == tokens.numel()
                 index = self._packed(index, tokens.numel())
             elif packs and n + 1 < steps:  # own depths are known here, on the host
                 number = read_later((depth > n + 1 if own else state.active).sum())
@@ -352,7 +357,7 @@ class RecurrentTransformer(nn.Module):
 
         logits = loss = nll = None
         if targets is None:
-            logits = F.linear(norm(out[keep]), self.w_head.low, self.padding.to(out.dtype))
+            logits = fp8.matmul(norm(out[keep]), self.w_head.low, bias=self.padding.to(out.dtype))
         else:
             if weights is None:
                 weights = torch.full(tokens.shape, 1 / tokens.numel(), device=device)
@@ -391,12 +396,12 @@ class RecurrentTransformer(nn.Module):
         """Bring the low-precision copies of the weights up to date. Returns for every use of a block which GEMMs are in
         FP8, and their scales."""
         in_fp8 = training and self.scales is not None
-        gemms = self.gemms if in_fp8 else fp8.BF16
+        gemms, form = self.gemms if in_fp8 else fp8.BF16, None if torch.is_grad_enabled() else self.weight_format
         for block in [*self.prelude, *self.recur, *self.coda]:
-            block.prepare(self.compute_dtype, gemms)
-        self.w_head.prepare(self.compute_dtype, gemms)
+            block.prepare(self.compute_dtype, gemms, form)
+        self.w_head.prepare(self.compute_dtype, gemms, form)
         if self.w_inject is not None:
-            self.w_inject.prepare(self.compute_dtype, fp8.BF16)
+            self.w_inject.prepare(self.compute_dtype, fp8.BF16, form)
         return list(zip([gemms] * self.uses, self.scales.of_uses() if in_fp8 else [None] * self.uses))
 
     def run_block(self, block, x, rope, spans, past, gemms):
@@ -441,7 +446,7 @@ class RecurrentTransformer(nn.Module):
 
     def _attend(self, r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state):
         """Of the r-th block of a step."""
-        old, active = (frozen[r], state.active) if state else (None, None)
+        old, active = (frozen[r], state.active) if state and frozen else (None, None)
         return blocks[r].attend(x, unit(gains[r], x.dtype), rope, spans, pasts[r], gemms[r], old, active)
 
     def packed_step(

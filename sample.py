@@ -27,6 +27,7 @@ import torch
 
 import checkpoint
 import data
+import packed
 import repl
 from decoding import Session, Stops
 from model import pick_device, pick_dtype
@@ -67,8 +68,8 @@ def paint(text, depth, max_depth):
 # -------------------------------------------------------------------------------------------------- command line
 
 
-def add_model_options(parser):
-    """The options that `load_model` and forced depth need, shared with eval_depth.py."""
+def add_model_options(parser, weights="full"):
+    """The options that `load_model` and forced depth need, shared with eval_depth.py. weights: the default."""
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint", metavar="PATH",
                        help="a checkpoint or run folder, an exported file, or base, sft, dpo: the newest of that stage "
@@ -81,6 +82,9 @@ def add_model_options(parser):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                        help="of the activations (default: bfloat16 on cuda, else float32)")  # fmt: skip
+    group.add_argument("--weights", default=weights, choices=("auto", "full", *packed.FORMATS),
+                       help="what a CPU multiplies with; full: as --dtype; auto: float16 where that is possible, with "
+                       f"perplexities that differ in the fifth digit (default: {weights})")  # fmt: skip
 
 
 def load_model(args):
@@ -102,9 +106,20 @@ def load_model(args):
         raise InputError(f"--depth {args.depth} is outside 1..{model.config.max_depth}, the depths of this model")
     if args.tolerance is not None:
         set_tolerance(model, args.tolerance)
+    model.weight_format = weight_format(args.weights, model)
     if args.memory is None:
         args.memory = meta["memory"]
     return model, meta, path
+
+
+def weight_format(name, model):
+    """The format for `--weights`, or None for full precision. Raises `InputError`."""
+    on_cpu = model.embedding.weight.device.type == "cpu"
+    if name == "auto":
+        return "float16" if on_cpu and packed.supported() and model.compute_dtype == torch.float32 else None
+    if name in packed.FORMATS and not (on_cpu and packed.supported()):
+        raise InputError(f"--weights {name} is for x86 processors with AVX2; leave it out, or add --device cpu")
+    return name if name in packed.FORMATS else None
 
 
 def set_tolerance(model, tolerance):
@@ -249,7 +264,7 @@ def main(argv=None):
                         help="end before this text; may be given several times")  # fmt: skip
     parser.add_argument("--seed", type=int, help="for the same text every time")
     parser.add_argument("--show_depth", action="store_true", help="colour every token by the steps its prediction took")
-    add_model_options(parser)
+    add_model_options(parser, weights="auto")
     args = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of failing

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import bench
+import bench_decode_cpu
 import bench_kernels
 import data
 import fp8
 import halting
+import packed
 from config import ConfigError
 from model import ModelConfig, RecurrentTransformer
 from naive import Naive
@@ -241,3 +243,25 @@ def test_attention_names_what_it_times(capsys, memory, documents):
     everything = memory + (16 + 1) / 2
     assert last["visible"] == everything if documents == "none" else last["visible"] < everything / 2
     assert "varlen_attn" in last["ms"] or "varlen_attn, memory" in err
+
+
+def test_decoding_on_a_cpu_beside_its_peers(capsys):
+    pytest.importorskip("transformers")
+    arguments = ["--context=9", "--tokens=4", "--depth=2", f"--threads={torch.get_num_threads()}"]
+    status, out, _ = run(capsys, *TINY, *arguments, command="decode_cpu")
+    result = json.loads(out.splitlines()[-1])
+    forms = ["float32", "bfloat16", *(packed.FORMATS if packed.supported() else ())]
+    ours = {f"{form}, {steps} steps" for form in forms for steps in ("all 3", "about 2")}
+    assert status == 0 and set(result["peers"]) == ours | {"uncached, float32", "gpt2", "ours in transformers"}
+    for name, row in result["peers"].items():
+        assert row["ms"] > 0 and len(row["rounds_ms"]) == 2 and row["versus_gpt2"] > 0
+        assert name not in ours or row["bytes"] > 0 and 1 <= row["depth"] <= 3
+
+
+def test_the_gpt2_peer_costs_the_flops_of_all_steps():
+    pytest.importorskip("transformers")
+    config = ModelConfig(width=64, heads=4, hidden=96, max_depth=5, vocab_size=V, document_start=0)
+    peer, model = bench_decode_cpu.gpt2(config, 32), RecurrentTransformer(config)
+    matrices = [x.weight for x in peer.transformer.h.modules() if getattr(x, "weight", torch.zeros(1)).dim() == 2]
+    flops = 2 * sum(x.numel() for x in [*matrices, peer.lm_head.weight])
+    assert flops == model.flops_per_token(5, context=0)

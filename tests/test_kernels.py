@@ -53,6 +53,7 @@ def test_kernels_equal_their_definitions(both, shape):
     lse = torch.logsumexp(wide[:, :n].float(), 1)
     for function, *arguments in (
         (kernels.swiglu_quantize, wide, scalar(20.0)),
+        (kernels.swiglu_rounded, wide),
         (kernels.swiglu_gradient_quantize, grad, wide, scalar(20.0), scalar(1e8)),
         (kernels.swiglu_gradient_quantize, grad, wide, scalar(20.0), scalar(1e6), kernels.E4M3),
         (kernels.quantize_transpose, grad, scalar(1e8)),
@@ -142,6 +143,7 @@ def test_kernels_compile_for_other_gpus(capability):
     for kernel, types, constants in (
         (kernels._swiglu_gradient_kernel, [half, half, full, full, low, low, low, full], dict(BLOCK_M=64, BLOCK_N=64)),
         (kernels._swiglu_kernel, [half, full, low, full], dict(BLOCK_M=4, BLOCK_N=1024)),
+        (kernels._swiglu_rounded_kernel, [half, half], dict(BLOCK_M=4, BLOCK_N=1024)),
         (kernels._quantize_transpose_kernel, [half, full, low, low, full], dict(BLOCK=64)),
         (kernels._softmax_gradient_kernel, [half, full, "*i64", full, low, low], dict(BLOCK_M=64, BLOCK_N=64)),
         (kernels._quantize_weight_kernel, [full, full, low, low], dict(BLOCK=64)),
