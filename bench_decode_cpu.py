@@ -124,7 +124,7 @@ def make_peers(c, args, prompt):
     model.padding[c.document_start] = -torch.inf  # a text has no end here
     peers, formats = {}, {}
     forms = ["float32", "bfloat16", *(packed.FORMATS if packed.supported() else ())]
-    generator, batch = torch.Generator().manual_seed(2), (4, 64)
+    generator, batch = torch.Generator().manual_seed(2), (2, 64)
     text = torch.randint(1, c.vocab_size - 1, batch, generator=generator)
     for depth in (None, args.depth):
         one = copy.deepcopy(model)
