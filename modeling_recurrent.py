@@ -1,4 +1,4 @@
-"""Our model in Hugging Face transformers (written with 5.23): a wrapper around `model.RecurrentTransformer`.
+"""Our model in Hugging Face transformers (5.23 and 5.24): a wrapper around `model.RecurrentTransformer`.
 
 `export_hf.py` copies this file, and the files that it imports, beside the weights; there
 
@@ -8,7 +8,7 @@
 
 What differs from other models of transformers:
 
-- The cache is a `Memory` of fixed length, in a `RecurrentCache`. `generate` makes it as long as the text can become, at
+- The cache is a `Memory` of fixed length, in a `RecurrentCache`; before 5.24 `past_key_values` is its name. `generate` makes it as long as the text can become, at
   most `config.memory_length`, the length last trained with: a longer text rolls through it. Prompts are read in
   segments of `config.segment`, as in training. Without a cache all that is given is read as one segment.
 - Documents open with <|endoftext|> (`bos_token_id`), in training always; the tokenizer adds it. Wherever it is read, a
@@ -34,6 +34,9 @@ from transformers.utils.generic import can_return_tuple
 from fp8 import Weight
 from memory import Memory, Ring
 from model import ModelConfig, RecurrentTransformer
+
+# transformers 5.24 renamed it, in arguments and outputs
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class RecurrentConfig(PreTrainedConfig):
@@ -62,7 +65,7 @@ class RecurrentConfig(PreTrainedConfig):
 
 
 class RecurrentCache:
-    """A `Memory` of `length` tokens as `past_key_values`; it is made when the first tokens are read."""
+    """A `Memory` of `length` tokens, as the `cache` of transformers; it is made when the first tokens are read."""
 
     is_compileable = is_croppable = False
 
@@ -115,12 +118,12 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=False, depth=None,
-        logits_to_keep=0,
+        self, input_ids, attention_mask=None, cache=None, labels=None, use_cache=False, depth=None, logits_to_keep=0,
+        past_key_values=None,
     ):  # fmt: skip
         """input_ids: (B, T) int64. attention_mask: (B, tokens in the cache + T), zero before the first token of a row,
-        or after its last where nothing more will be read. past_key_values: a `RecurrentCache` to read and go on from,
-        in place. labels: (B, T) int64, shifted in here, -100 where there is no loss. depth: None for the model's own
+        or after its last where nothing more will be read. cache, or past_key_values: a `RecurrentCache` to read and go
+        on from, in place. labels: (B, T) int64, shifted in here, -100 where there is no loss. depth: None for the model's own
         rule, or k to make every token take exactly k steps. logits_to_keep: of the last so many tokens; 0: of all.
         Returns logits (B, T or logits_to_keep, V), without gradient; loss and no logits for labels with gradients on.
 
@@ -128,14 +131,14 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         for weight, names in self._masters:  # `from_pretrained` has put other parameters in the place of those
             weight.masters = tuple(map(self.model.get_parameter, names))
         self.model.compute_dtype = self.model.embedding.weight.dtype
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if use_cache and cache is None and labels is None:
             cache = RecurrentCache(self.config.memory_length)
         marked = self._mark(input_ids.cpu(), attention_mask, cache.get_seq_length() if cache else 0)
         loss = None
         if labels is not None:
             if cache:
-                raise ValueError("labels and past_key_values exclude each other: the loss is that of whole rows")
+                raise ValueError("labels and a cache exclude each other: the loss is that of whole rows")
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
             weights = (targets != -100).float()
             weights /= weights.sum().clamp(min=1)
@@ -147,7 +150,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
             loss = (nll * weights.flatten()).sum()
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     @torch.no_grad()
     def _read(self, tokens, marked, cache, depth, keep):
@@ -191,8 +194,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         """Called by `generate`: a memory for the longest text that it may make, and not more. Raises ValueError."""
         if generation_config.cache_implementation is not None:
             raise ValueError("this model has a cache of its own: leave cache_implementation out")
-        length, cache = min(self.config.memory_length, max_cache_length), model_kwargs.get("past_key_values")
+        length, cache = min(self.config.memory_length, max_cache_length), model_kwargs.get(CACHE)
         if cache is not None:
             cache.grow(length)
         elif generation_config.use_cache:
-            model_kwargs["past_key_values"] = RecurrentCache(length)
+            model_kwargs[CACHE] = RecurrentCache(length)

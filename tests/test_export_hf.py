@@ -18,6 +18,7 @@ import checkpoint
 import data
 import decoding
 import export_hf
+from modeling_recurrent import CACHE
 
 EOT, V = data.EOT, data.VOCAB_SIZE
 PROMPTS = ["The cat sat on the", "def f(x):\n    return x +", "One little bird, two little birds. " * 8]  # > a segment
@@ -110,7 +111,7 @@ def test_parameters(model, ours):
 def test_logits(model, ours, batch, depth):
     for ids in rows(batch):
         found = model(ids[None], depth=depth)
-        assert found.logits.shape == (1, len(ids), V) and found.past_key_values is None and found.loss is None
+        assert found.logits.shape == (1, len(ids), V) and CACHE not in found and found.loss is None
         torch.testing.assert_close(found.logits[0], logits_of(ours, ids, depth), atol=1e-4, rtol=0)
     together = model(**batch, depth=depth).logits
     for row, ids in zip(together, rows(batch)):
@@ -129,8 +130,8 @@ def test_padding_is_not_seen(model, ours, use_cache):
         torch.testing.assert_close(row[real], logits_of(ours, ids[real]), atol=1e-4, rtol=0)
     if use_cache:  # go on, the rows that are not padded on the right
         more, keep = torch.randint(V - 3, (3, 5)), torch.arange(3)
-        found.past_key_values.reorder_cache(keep)
-        after = model(more, torch.cat([mask[:3], torch.ones_like(more)], 1), found.past_key_values).logits
+        found[CACHE].reorder_cache(keep)
+        after = model(more, torch.cat([mask[:3], torch.ones_like(more)], 1), found[CACHE]).logits
         for i in keep:
             whole = logits_of(ours, torch.cat([tokens[i][mask[i].bool()], more[i]]))
             torch.testing.assert_close(after[i], whole[-5:], atol=1e-4, rtol=0)
@@ -169,9 +170,9 @@ def test_cache(model, ours, batch):
     cached = model.generate(**short, **options, return_dict_in_generate=True)
     assert torch.equal(plain, cached.sequences) and torch.equal(plain, model.generate(**short, **options))
     assert torch.equal(plain, model.generate(**short, **options, prefill_chunk_size=5))
-    assert cached.past_key_values.memory.length == 12 + 6 - 1
+    assert cached[CACHE].memory.length == 12 + 6 - 1
     mask = F.pad(short["attention_mask"], (0, 6), value=1)
-    more = model.generate(cached.sequences, attention_mask=mask, past_key_values=cached.past_key_values, **options)
+    more = model.generate(cached.sequences, attention_mask=mask, **{CACHE: cached[CACHE]}, **options)
     assert torch.equal(more, model.generate(**short, max_new_tokens=12, do_sample=False))
 
 
@@ -199,11 +200,12 @@ def test_what_cannot_be_generated(model, batch):
         model.generate(batch.input_ids, max_new_tokens=1, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(**batch, max_new_tokens=1, cache_implementation="static")
-    cache = model(batch.input_ids, use_cache=True).past_key_values
+    cache = model(batch.input_ids, use_cache=True)[CACHE]
     with pytest.raises(NotImplementedError, match="cannot go back"):
         cache.crop(3)
-    with pytest.raises(ValueError, match="exclude"):
-        model(batch.input_ids, labels=batch.input_ids, past_key_values=cache)
+    for name in ("cache", "past_key_values"):  # of any version
+        with pytest.raises(ValueError, match="exclude"):
+            model(batch.input_ids, labels=batch.input_ids, **{name: cache})
 
 
 # -------------------------------------------------------------------------------------------------- loss, files

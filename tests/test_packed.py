@@ -9,7 +9,8 @@ from fp8 import BF16, Weight
 from model import ModelConfig, RecurrentTransformer
 
 pytestmark = pytest.mark.skipif(not packed.supported(), reason="this processor has no such kernels")
-LOST = {"float16": 3e-4, "int8": 2e-2}  # relative errors
+# relative errors; without the instructions of VNNI int8 activations have 7 bits
+LOST = {"float16": 3e-4, "int8": 2e-2 if torch.cpu._is_vnni_supported() else 4e-2}
 
 
 @pytest.mark.parametrize("form", packed.FORMATS)

@@ -156,7 +156,8 @@ def test_known_logits_score_exactly_what_they_must(tmp_path):
     table = zeroshot.evaluate_tasks(harness, list(zeroshot.CARD), tmp_path)
     rest = 0.2 / (V - 1)
     assert table["lambada"]["acc"] == pytest.approx([0.5, 0.5])  # the error of 0 and 1: sqrt(0.5 / 2)
-    assert table["lambada"]["perplexity"][0] == pytest.approx(math.exp(-(math.log(0.9) + math.log(rest)) / 2), rel=1e-4)
+    # 50,257 equal terms all round alike in a float32 sum, more or less by the width of the processor's registers
+    assert table["lambada"]["perplexity"][0] == pytest.approx(math.exp(-(math.log(0.9) + math.log(rest)) / 2), rel=1e-3)
     # " yes" is likelier than " international", but not by the character
     assert table["arc_easy"]["acc"] == table["arc_easy"]["acc_norm"] == pytest.approx([0.5, 0.5])
     assert table["arc_challenge"]["acc"] == [1, 0] and table["arc_challenge"]["acc_norm"] == [0, 0]
