@@ -68,6 +68,7 @@ class RecurrentCache:
     """A `Memory` of `length` tokens, as the `cache` of transformers; it is made when the first tokens are read."""
 
     is_compileable = is_croppable = False
+    is_linear = [False]  # of its layers, as transformers asks: a state of fixed size, from which nothing was dropped
 
     def __init__(self, length):
         self.length, self.memory = length, None
