@@ -17,6 +17,7 @@ Here is the definition of a tick in PyTorch. For one row engine_kernels.py has i
 weights. Shapes: R rows, D width, H heads, d = D / H, M tokens of cache, S slots, V vocabulary.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -127,8 +128,9 @@ class Engine:
         self.frequency = c.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.temperature = torch.full((1,), float(temperature), device=device)
+        self.fused = engine_kernels.available(model)  # attention, and with `kernels` all of a tick
         self.kernels = engine_kernels.Tick(self) if has_kernels(model, rows, top_k, top_p) else None
-        self.graph = None
+        self.graph, self.checked = None, False
 
     # ---------------------------------------------------------------------------------------------- one tick
 
@@ -151,7 +153,7 @@ class Engine:
 
     def attend(self, qkv):
         """What the rows find, (R, D); writes their keys and values, of qkv (R, 3 D), into the cache."""
-        if engine_kernels.available(self.model):
+        if self.fused:
             return engine_kernels.attend(self, qkv)
         s, c = self.state, self.model.config
         angle = s.position[:, None, None] * self.frequency
@@ -265,6 +267,8 @@ class Engine:
 
     def ticks(self, number):
         """Run `number` ticks. On CUDA that is a multiple of `IN_GRAPH`, and they are launched without waiting."""
+        if not self.checked:
+            self.check()
         if not self.state.h.is_cuda:
             for _ in range(number):
                 self.tick()
@@ -273,6 +277,37 @@ class Engine:
             self.capture()
         for _ in range(number // IN_GRAPH):
             self.graph.replay()
+
+    @torch.no_grad()
+    def check(self):
+        """Go on without our kernels, and warn, where a tick by them fails or is not what its definition gives."""
+        self.checked, s, reason = True, self.state, None
+        kernels, kept = self.kernels, [x.clone() for x in vars(s).values()]
+
+        def after_a_tick():
+            self.tick()
+            found = s.h.clone(), s.halted.bool()
+            for x, old in zip(vars(s).values(), kept):
+                x.copy_(old)
+            return found
+
+        if not self.fused:
+            return
+        try:
+            h, halted = after_a_tick()
+        except Exception as error:  # of Triton, its compiler or the driver
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        self.kernels, self.fused = None, False
+        expected, also = after_a_tick()
+        if reason is None:
+            going = ~(halted | also)  # the state of a row that halts is that of its next token
+            off = (h - expected)[going].norm() / expected[going].norm().clamp(min=1e-6)
+            if off < 0.05:  # bfloat16 is off by 0.01; NaN is not less
+                self.kernels, self.fused = kernels, True
+                return
+            reason = f"their state is off by {off:.1%}"
+        where = torch.cuda.get_device_name(s.h.device) if s.h.is_cuda else "the CPU"
+        warnings.warn(f"decoding on {where} goes on without the kernels of engine_kernels.py: {reason}", stacklevel=2)
 
     def capture(self):
         """Make ticks one CUDA graph. A tick before that loads the kernels; the state is put back."""

@@ -8,9 +8,10 @@
 
 What differs from other models of transformers:
 
-- The cache is a `Memory` of fixed length, in a `RecurrentCache`; before 5.24 `past_key_values` is its name. `generate` makes it as long as the text can become, at
-  most `config.memory_length`, the length last trained with: a longer text rolls through it. Prompts are read in
-  segments of `config.segment`, as in training. Without a cache all that is given is read as one segment.
+- The cache is a `Memory` of fixed length, in a `RecurrentCache`; until transformers 5.23 it is named `past_key_values`.
+  `generate` makes it as long as the text can become, at most `config.memory_length`, the length last trained with: a
+  longer text rolls through it. Prompts are read in segments of `config.segment`, as in training. Without a cache all
+  that is given is read as one segment.
 - Documents open with <|endoftext|> (`bos_token_id`), in training always; the tokenizer adds it. Wherever it is read, a
   document opens that sees nothing before it: leave out the one that ends an answer before going on, as the chat
   template does.
@@ -124,8 +125,9 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     ):  # fmt: skip
         """input_ids: (B, T) int64. attention_mask: (B, tokens in the cache + T), zero before the first token of a row,
         or after its last where nothing more will be read. cache, or past_key_values: a `RecurrentCache` to read and go
-        on from, in place. labels: (B, T) int64, shifted in here, -100 where there is no loss. depth: None for the model's own
-        rule, or k to make every token take exactly k steps. logits_to_keep: of the last so many tokens; 0: of all.
+        on from, in place. labels: (B, T) int64, shifted in here, -100 where there is no loss. depth: None for the
+        model's own rule, or k to make every token take exactly k steps. logits_to_keep: of the last so many tokens; 0:
+        of all.
         Returns logits (B, T or logits_to_keep, V), without gradient; loss and no logits for labels with gradients on.
 
         Raises ValueError for a depth outside 1..N, labels with a cache, and a mask that is none of these."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,6 +20,9 @@ from model import ModelConfig, RecurrentTransformer
 # Tensors this small gain nothing from a second thread, and threads that wait for each other on a busy two-core machine
 # make the tests seven times slower.
 torch.set_num_threads(1)
+
+# A shell that starts jobs in the background has them ignore Ctrl-C, and they hand that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

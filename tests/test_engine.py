@@ -101,6 +101,27 @@ def test_a_conversation_goes_on_where_the_engine_ended(tiny, monkeypatch):
     assert told[True] == told[False] and len(told[True]) == 11
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
+@pytest.mark.parametrize("rows, kernel", [(1, "_down"), (2, "_attend")])
+@pytest.mark.parametrize("fault", ["wrong", "broken"])
+def test_kernels_that_fail_are_left_out(tiny, monkeypatch, rows, kernel, fault):
+    """One that writes nothing, or one that does not compile: the text is the same, and a warning says why."""
+
+    class Faulty:
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                if fault == "broken":
+                    raise RuntimeError("ptxas is missing\nand more")
+
+            return launch
+
+    model, prompts, limits = tiny(max_depth=2), PROMPTS[:rows], [3, 2][:rows]
+    monkeypatch.setattr(engine_kernels, kernel, Faulty())
+    with pytest.warns(UserWarning, match="ptxas is missing$" if fault == "broken" else "state is off by"):
+        found = together(model, prompts, limits, rows)
+    assert found == one_by_one(model, prompts, limits, memory_length=64)
+
+
 @plain
 def test_waiting_for_all_rows_changes_no_text(tiny):
     model = tiny()
