@@ -47,13 +47,15 @@ def model_gemms(c, rows, chunk=4096):
             yield Gemm(name, "weight", fan_out, fan_in, m, calls)
 
 
-def muon_gemms(c, iterations=5):
-    """The products of Newton-Schulz: A = X X', A A, (b A + c A A) X, of X (m, n) with m <= n."""
+def muon_gemms(c):
+    """The products of `optim.orthogonalize` for X (m, n), m <= n: X X', those of (m, m) matrices, (m, m) by X."""
     blocks = c.prelude + c.coda + c.recur * (1 if c.share else c.max_depth)
     for (m, n), matrices in (((c.width, c.width), 4), (sorted((c.width, c.hidden)), 3)):
-        calls = iterations * matrices * blocks
-        yield from (Gemm("X X'", "forward", m, m, n, calls), Gemm("A A", "input", m, m, m, calls))
-        yield Gemm("B X", "input", m, n, m, calls)
+        matrices *= blocks
+        large, small = (5, 5) if n < 4 * m else (2, 14)
+        yield Gemm("X X'", "forward", m, m, n, large * matrices)
+        yield Gemm("A A", "input", m, m, m, small * matrices)
+        yield Gemm("B X", "input", m, n, m, large * matrices)
 
 
 def gemm_seconds(gemm, dtype, device, repeats=10, buffers=3):

@@ -109,20 +109,37 @@ def _muon_update(params, grads, buffers, lr, weight_decay, momentum, grad_scale,
     moved = [buffer.lerp(grad, 1 - momentum) for buffer, grad in zip(buffers, grads)]
     updates = [grad.lerp(buffer, momentum) for buffer, grad in zip(moved, grads)]  # Nesterov's
     flip = [p.shape[0] > p.shape[1] for p in params]
-    wide = torch.stack([u.mT.bfloat16() if f else u.bfloat16() for u, f in zip(updates, flip)])
+    # Processors without bfloat16 instructions multiply it 30 times slower than float32.
+    dtype = torch.bfloat16 if params[0].is_cuda else torch.float32
+    wide = torch.stack([(u.mT if f else u).to(dtype) for u, f in zip(updates, flip)])
     scale = 0.2 * math.sqrt(max(params[0].shape))  # the size of AdamW's updates
     for p, buffer, f, new, update in zip(params, buffers, flip, moved, orthogonalize(wide)):
         p.copy_(torch.where(skip, p, p * (1 - lr * weight_decay) - lr * scale * (update.mT if f else update).float()))
         buffer.copy_(torch.where(skip, buffer, new))
 
 
-def orthogonalize(x, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
-    """About the nearest semi-orthogonal matrices to x (n, rows, columns >= rows), bfloat16, by a quintic Newton-Schulz
-    iteration (Bernstein & Newhouse 2024, arXiv 2409.20325), which brings singular values to between 0.7 and 1.2."""
+def orthogonalize(x, coefficients=(3.4445, -4.7750, 2.0315)):
+    """About the nearest semi-orthogonal matrices to x (n, rows, columns >= rows), by five steps of a quintic
+    Newton-Schulz iteration (Bernstein & Newhouse 2024, arXiv 2409.20325), which bring singular values to between 0.7
+    and 1.2.
+
+    A step multiplies x by a polynomial of x x'. Where x is wide, three steps and then two are done on x x' alone, which
+    is rows x rows, and x is multiplied once by what they come to: 92 instead of 170 products of rows^3 for 8 times as
+    many columns. All five at once would be fewer still, but errors of bfloat16 in x x' grow with every step."""
     a, b, c = coefficients
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, gram, x, beta=a)
+    if x.shape[2] < 4 * x.shape[1]:
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    for steps in (3, 2):
+        gram, product = x @ x.mT, None
+        for step in range(steps):
+            factor = a * identity + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            product = factor if step == 0 else factor @ product
+            if step + 1 < steps:
+                gram = factor @ gram @ factor
+        x = product @ x
     return x

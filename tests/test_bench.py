@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import bench_decode_cpu
@@ -11,6 +12,7 @@ import bench_kernels
 import data
 import fp8
 import halting
+import optim
 import packed
 from config import ConfigError
 from model import ModelConfig, RecurrentTransformer
@@ -93,12 +95,16 @@ def test_products_have_the_shapes_that_they_say(dtype, monkeypatch):
         assert a.dtype == dtype
 
 
-def test_muon_runs_seven_matrices_five_times():
-    shared = list(bench_kernels.muon_gemms(ModelConfig(width=1280, hidden=10240)))
-    assert sum(g.calls for g in shared) == 3 * 5 * 7
-    assert max(g.k for g in shared) == 10240  # X X' of the wide ones
-    own = list(bench_kernels.muon_gemms(ModelConfig(max_depth=4, share=False)))
-    assert sum(g.calls for g in own) == 4 * 3 * 5 * 7
+@pytest.mark.parametrize("changes", [dict(hidden=24), dict(hidden=80), dict(hidden=80, share=False, max_depth=3)])
+def test_the_limit_counts_the_products_that_muon_runs(changes):
+    config = ModelConfig(**dict(width=16, heads=2, vocab_size=50, document_start=0) | changes)
+    model = RecurrentTransformer(config)
+    muon = optim.build_optimizers(model, optim.OptimConfig())["muon"]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with FlopCounterMode(display=False) as counter:
+        muon.step()
+    assert counter.get_total_flops() == sum(2 * g.m * g.n * g.k * g.calls for g in bench_kernels.muon_gemms(config))
 
 
 # ------------------------------------------------------------------------------------------------- the profile

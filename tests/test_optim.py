@@ -9,7 +9,10 @@ import optim
 from model import ModelConfig, RecurrentTransformer
 
 
-def test_muon_is_pytorchs():
+def test_muon_is_pytorchs(monkeypatch):
+    """Which is in bfloat16 on every device."""
+    orthogonalize = optim.orthogonalize
+    monkeypatch.setattr(optim, "orthogonalize", lambda x: orthogonalize(x.bfloat16()))
     torch.manual_seed(0)
     shapes = ((32, 32), (96, 32), (32, 96), (32, 32), (96, 32))
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -26,10 +29,31 @@ def test_muon_is_pytorchs():
             torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
-def test_orthogonalized_matrices_have_singular_values_near_one():
-    x = torch.randn(3, 24, 60, generator=torch.Generator().manual_seed(0)).bfloat16()
+@pytest.mark.parametrize("columns", [60, 240])
+def test_orthogonalized_matrices_have_singular_values_near_one(columns):
+    x = torch.randn(3, 24, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
     values = torch.linalg.svdvals(optim.orthogonalize(x).float())
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("decades", [1, 2, 4])
+def test_a_wide_matrix_is_orthogonalized_by_its_gram_matrix(decades):
+    """Singular values over some decades: exactly what five steps on the matrix give, and in bfloat16 nearly that."""
+    torch.manual_seed(0)
+    left, right = torch.linalg.qr(torch.randn(48, 48))[0], torch.linalg.qr(torch.randn(384, 48))[0]
+    x, (a, b, c) = ((left * torch.logspace(0, -decades, 48)) @ right.mT)[None], (3.4445, -4.7750, 2.0315)
+
+    def by_the_matrix(x):
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+
+    expected = by_the_matrix(x.double())
+    torch.testing.assert_close(optim.orthogonalize(x.double()), expected)
+    off, allowed = ((f(x.bfloat16()) - expected).norm() for f in (optim.orthogonalize, by_the_matrix))
+    assert off < allowed + 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("share", [True, False])
