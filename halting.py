@@ -76,7 +76,7 @@ class Packed(NamedTuple):
         (B, T, ...) for the halted ones."""
         if old is None:
             return _Put.apply(y, self.index, self.rank)
-        return torch.where(_as(self.active, y), y[self.rank.clamp(max=len(y) - 1)], old)
+        return torch.where(_as(self.active, y), _spread(y, self.rank), old)
 
 
 def _as(x, y):
@@ -84,12 +84,17 @@ def _as(x, y):
     return x[(..., *[None] * (y.dim() - 1))]
 
 
+def _spread(y, rank):
+    """Of every token the row `rank` of y, or the last one. index_select: on a CPU four times as fast as an index."""
+    return y.index_select(0, rank.flatten().clamp(max=len(y) - 1)).unflatten(0, rank.shape)
+
+
 def _put(y, rank):
-    return torch.where(_as(rank < len(y), y), y[rank.clamp(max=len(y) - 1)], 0.0)
+    return torch.where(_as(rank < len(y), y), _spread(y, rank), 0.0)
 
 
 def _take(x, index, rank):
-    return x.flatten(0, rank.dim() - 1)[index]
+    return x.flatten(0, rank.dim() - 1).index_select(0, index)
 
 
 class _Take(torch.autograd.Function):
