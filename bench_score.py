@@ -21,7 +21,7 @@ peer that fails. Weights are random, with a random halting head of the depth ask
 
 import copy
 import gc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 
@@ -102,7 +102,8 @@ def run_score(args, overrides):
     cfg, device = load(args, overrides)
     dtype = pick_dtype(args.dtype, device)
     model = trained(args.checkpoint, device, dtype) if args.checkpoint else drawn(cfg.model, device, dtype)
-    c, depths = model.config, args.depth or ([AS_IT_IS] if args.checkpoint else [3.0, 5.0, 6.5])
+    model.config = c = replace(model.config, cross_documents=model.config.cross_documents or args.documents == 0)
+    depths = args.depth or ([AS_IT_IS] if args.checkpoint else [3.0, 5.0, 6.5])
     if c.halting == "fixed":
         raise ConfigError("with halting = fixed no token halts, and there is nothing to leave out")
     if wrong := [d for d in depths if d != AS_IT_IS and not (1 < d < c.max_depth and c.halting == "act")]:
