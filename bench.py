@@ -1,4 +1,4 @@
-"""Speed, side by side: of training, of its matrix products, of attention over memory, and of decoding.
+"""Speed, side by side: of training, of its matrix products, of attention over memory, of scoring, and of decoding.
 
     python bench.py train                                          the 110M model on one GPU, memory 512 and 4096
     python bench.py train --text data/mix13 --peers bf16,fp8       real tokens, two of the peers
@@ -6,6 +6,7 @@
     python bench.py train --depth 5 --peers bf16,fp8,fp8_packed    tokens that take 5 steps on average
     python bench.py gemm                                           every product alone: bf16, FP8, fast accumulation
     python bench.py attention --memory 512,4096                    attention.py beside PyTorch's own
+    python bench.py score                                          log-likelihoods, with halted tokens left out
     python bench.py decode                                         tokens a second of one text and of many
     python bench.py decode_cpu                                     the same of one text on a CPU, beside transformers
 
@@ -37,10 +38,11 @@ from torch import nn
 import data
 import kernels
 import optim
-from bench_common import aim, align, clock, finish, load, note, several, whole
+from bench_common import aim, align, clock, finish, load, make_batches, note, several, whole
 from bench_decode import SECTIONS, run_decode
 from bench_decode_cpu import run_decode_cpu
 from bench_kernels import gemm_seconds, limits_of, model_gemms, muon_gemms, run_attention, run_gemm
+from bench_score import run_score
 from config import ConfigError
 from memory import read_later
 from model import RecurrentTransformer, pick_dtype
@@ -295,20 +297,6 @@ def measure(peers, products, args, prepared, length, profiling):
     return {"memory": length, "peers": reports, "limits": limits, "profile": profiles}
 
 
-def make_batches(args, c, prepared, number):
-    """(tokens, targets), each (B, T) on the host: of a prepared folder, or random ones."""
-    T = args.segment
-    if prepared:
-        streams = data.TokenStreams(prepared, args.batch, T, seed=1)
-        return [[torch.from_numpy(x) for x in next(streams)[:2]] for _ in range(number)]
-    generator, shape = torch.Generator().manual_seed(1), (args.batch, number * T + 1)
-    tokens = torch.randint(c.vocab_size - 1, shape, generator=generator)
-    tokens += tokens >= c.document_start  # any token but this one
-    if args.documents:  # of geometric lengths
-        tokens[torch.rand(shape, generator=generator) < 1 / args.documents] = c.document_start
-    return [(tokens[:, i : i + T], tokens[:, i + 1 : i + T + 1]) for i in range(0, number * T, T)]
-
-
 COLUMNS = {
     "ms/step": ("ms", ".2f"), "spread": ("spread", ".1%"), "tokens/s": ("tokens_per_second", ",.0f"),
     "TFLOP/s": ("tflops", ".1f"), "of limit": ("share_of_limit", ".1%"), "vs bf16": ("versus_bf16", ".2f"),
@@ -368,7 +356,7 @@ def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(run, about, rounds, memory=True):
+    def add(run, about, rounds, memory="512,4096", segment=512):
         command = commands.add_parser(
             run.__name__.removeprefix("run_"), help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             epilog="Any setting of the model can be changed: --model.max_depth=4",
@@ -377,13 +365,13 @@ def main(argv=None):
         add = command.add_argument
         add("config", nargs="?", default="configs/pretrain_110m.toml", help="a TOML file with the model")
         add("--batch", type=whole, default=32, help="rows of a batch")
-        add("--segment", type=whole, default=512, help="tokens of a row in a step")
+        add("--segment", "--length", type=whole, default=segment, help="tokens of a row in a step")
         add("--rounds", type=whole, default=rounds, help="turns of everything that is compared")
         add("--device", default="auto", help="cuda, cuda:1 or cpu")
         if memory:
-            add("--memory", type=several(lambda text: whole(text, 0)), default="512,4096", help="lengths, each apart")
+            add("--memory", type=several(lambda text: whole(text, 0)), default=memory, help="lengths, each apart")
             add("--documents", type=lambda text: 0 if text == "none" else whole(text), default=1000, metavar="TOKENS",
-                help="mean length of random documents; none: no boundaries, nor in --text")  # fmt: skip
+                help="mean length of random documents; none: no boundaries, nor in real text")  # fmt: skip
         return add
 
     add_train = add(run_train, "speed of training", rounds=5)
@@ -396,15 +384,25 @@ def main(argv=None):
     add_train(
         "--profile", action=argparse.BooleanOptionalAction, help="where the time of bf16 and FP8 goes; None: on GPUs"
     )
-    add(run_gemm, "every matrix product of a step alone", rounds=3, memory=False)
+    add(run_gemm, "every matrix product of a step alone", rounds=3, memory=None)
     add(run_attention, "attention of one recurrence, beside PyTorch's", rounds=3)
-    add_decode = add(run_decode, "tokens a second of one text and of many", rounds=3, memory=False)
+    add_score = add(run_score, "log-likelihoods of text, with halted tokens left out", 5, memory="0", segment=1024)
+    add_score("--depth", type=several(float), help="mean steps of a token, each apart; None: 3,5,6.5, or as trained")
+    add_score("--checkpoint", metavar="PATH", help="a trained model: a path, base, sft or dpo; None: random weights")
+    add_score("--data", metavar="FOLDER", help="a prepared folder to score; None: random tokens")
+    add_score("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the activations")
+    add_score("--compile", action=argparse.BooleanOptionalAction, help="also compiled models; None: on GPUs")
+    shares = ",".join(f"{n / 16:g}" for n in range(1, 16))
+    about = "of all tokens; a compiled step takes the smallest that holds the active ones"
+    add_score("--capacities", type=several(float), default=shares, metavar="SHARES", help=about)
+    add_score("--steps", type=whole, default=3, help="times that a turn scores")
+    add_decode = add(run_decode, "tokens a second of one text and of many", rounds=3, memory=None)
     add_decode("--context", type=whole, default=512, help="tokens of the prompt")
     add_decode("--tokens", type=whole, default=128, help="tokens that a turn draws at least")
     add_decode("--depth", type=float, default=5.0, help="mean depth where it is adaptive")
     add_decode("--rows", type=whole, default=64, help="texts at once")
     add_decode("--sections", type=several(section), default=",".join(SECTIONS), help="what is measured")
-    add_cpu = add(run_decode_cpu, "tokens a second on a CPU, beside peers", rounds=3, memory=False)
+    add_cpu = add(run_decode_cpu, "tokens a second on a CPU, beside peers", rounds=3, memory=None)
     add_cpu("--context", type=whole, default=256, help="tokens of the prompt")
     add_cpu("--tokens", type=whole, default=8, help="new tokens in a turn")
     add_cpu("--depth", type=float, default=5.0, help="mean depth where it is adaptive")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import config
+import data
 import train
 from config import ConfigError
 from model import pick_device
@@ -32,13 +33,30 @@ def load(args, overrides, *settings):
 @torch.no_grad()
 def aim(model, depth, tokens, targets, spread=0.5, rounds=14):
     """Give `model` a random halting head under which the tokens take `depth` steps on average: logits whose standard
-    deviation is about `spread`, which is as wide as tokens of a trained model differ, and a bias found by bisection."""
-    nn.init.normal_(model.halting.weight, std=spread * model.config.width**-0.5)
+    deviation is about `spread`, which is as wide as tokens of a trained model differ, and a bias found by bisection.
+    spread: None to keep the weights of the head, and find only the bias."""
+    if spread is not None:
+        nn.init.normal_(model.halting.weight, std=spread * model.config.width**-0.5)
     low, high = -10.0, 6.0
     for _ in range(rounds):
         model.halting.bias.fill_((low + high) / 2)
         deep = model(tokens, targets).depth.float().mean() > depth
         low, high = ((low + high) / 2, high) if deep else (low, (low + high) / 2)
+
+
+def make_batches(args, c, prepared, number):
+    """`number` of (tokens, targets), each (B, T) on the host, one after another: of a prepared folder, or random ones.
+    args: batch B, segment T and documents, the mean length of random ones, 0 for no boundaries."""
+    T = args.segment
+    if prepared:
+        streams = data.TokenStreams(prepared, args.batch, T, seed=1)
+        return [[torch.from_numpy(x) for x in next(streams)[:2]] for _ in range(number)]
+    generator, shape = torch.Generator().manual_seed(1), (args.batch, number * T + 1)
+    tokens = torch.randint(c.vocab_size - 1, shape, generator=generator)
+    tokens += tokens >= c.document_start  # any token but this one
+    if args.documents:  # of geometric lengths
+        tokens[torch.rand(shape, generator=generator) < 1 / args.documents] = c.document_start
+    return [(tokens[:, i : i + T], tokens[:, i + 1 : i + T + 1]) for i in range(0, number * T, T)]
 
 
 def finish(name, device, result):

@@ -18,7 +18,7 @@ Shapes: B batch, T segment length, M memory length, N maximum depth, D width, H 
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -158,11 +158,17 @@ class Block(nn.Module):
         for weight in (self.w_qkv, self.w_output, self.w_gate_up, self.w_down):
             weight.prepare(*how)
 
-    def attend(self, x, gains, rope, spans, past, gemms=(), frozen=None, active=None):
+    def attend(self, x, gains, rope, spans, past, gemms=(), frozen=None, active=None, packed=None):
         """What the tokens of x (B, T, D) find, (B, T, H, d), and their (keys, values). gains: (4, D), or 1s. past: the
         memory's (keys, values), or None. gemms: (which are in FP8, scales of this use of the block). frozen: this
-        segment's (keys, values) at the step before, kept where `active` (B, T) is false."""
-        q, k, v = self.project(x, gains, rope, gemms, frozen, active)
+        segment's (keys, values) at the step before, kept where `active` (B, T) is false. packed: `Packed` tokens, the
+        only ones that are projected; there is a query for every token, as the kernels of attention want segments."""
+        if packed is None:
+            q, k, v = self.project(x, gains, rope, gemms, frozen, active)
+        else:
+            position = packed.index % x.shape[1]
+            found = self.project(packed.take(x), gains, [y[position] for y in rope], gemms)
+            q, k, v = (packed.put(new, old) for new, old in zip(found, (None, *frozen)))
         return spans.attend(q, k, v, past), (k, v)
 
     def project(self, x, gains, rope, gemms=(), frozen=None, active=None):
@@ -172,12 +178,13 @@ class Block(nn.Module):
 
     def finish(self, x, attended, gains, gemms=(), recompute=False, packed=None):
         """x (..., D) after the two branches; attended: (..., H, d). recompute: gate and up of the SwiGLU, in the
-        backward pass. packed: `Packed` tokens, the only ones for which the SwiGLU is computed."""
+        backward pass. packed: `Packed` tokens, the only ones that are computed; the others become zero."""
+        if packed:
+            x, attended = packed.take(x), packed.take(attended)
         x = x + gains[1] * fp8.linear(attended.flatten(-2), self.w_output, *gemms, site=1)
         mlp = partial(checkpoint, fp8.mlp, use_reentrant=False) if recompute else fp8.mlp
-        rows = packed.take(x.flatten(0, -2)) if packed else x
-        y = gains[3] * mlp(norm(rows) * gains[2], self.w_gate_up, self.w_down, *gemms)
-        return x + (packed.put(y).view_as(x) if packed else y)
+        x = x + gains[3] * mlp(norm(x) * gains[2], self.w_gate_up, self.w_down, *gemms)
+        return packed.put(x) if packed else x
 
 
 def unit(gains, dtype):
@@ -209,10 +216,10 @@ class RecurrentTransformer(nn.Module):
         self.gemms, self.scales = fp8.BF16, None  # of training; without gradients every GEMM is in compute_dtype
         self.weight_format = None  # of `packed.FORMATS`: what a CPU multiplies with, without gradient
         self.compiled, self.recompute = False, "none"
-        # In training the SwiGLU leaves halted tokens out, where the rest fits one of these shares of all tokens: few,
-        # as each is a graph, and set before `compile`.
+        # Halted tokens are left out: in training, of what comes after the attention, and by a compiled model, where the
+        # rest fits one of these shares of all tokens, few, as each is a graph, and set before `compile`;
         self.capacities = ()
-        self.packing = 64  # without gradient, halted tokens are left out, and the rest is a multiple of this; 0: never
+        self.packing = 64  # else, without gradient, by multiples of this; 0: without gradient, never
         self.halting = nn.Linear(D, 1) if config.halting in ("act", "exit") else None
         self.init_weights()
         if config.halting == "exit":  # then all else stays as it is
@@ -245,8 +252,11 @@ class RecurrentTransformer(nn.Module):
 
     def compile(self):
         """Compile one recurrence step and the loss, not the loop: one graph serves every step and depth. With
-        `capacities`, they are one up to the attention of the first block, and one a capacity for the rest."""
-        torch._dynamo.config.recompile_limit = 64  # a graph for each memory length, batch, training and evaluation
+        `capacities`, they are one up to the attention of the first block (without gradient, one a capacity), and one a
+        capacity for the rest."""
+        # a graph for each memory length, batch, training and evaluation, and of these one for each capacity
+        torch._dynamo.config.recompile_limit = 64 * (1 + len(self.capacities))
+        torch._dynamo.config.accumulated_recompile_limit = 256 * (1 + len(self.capacities))
         torch._dynamo.config.optimize_ddp = False  # it would cut these small graphs at the buckets of DDP
         for name in ("begin", "complete") if self.capacities else ("step",):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
@@ -309,8 +319,9 @@ class RecurrentTransformer(nn.Module):
             shape = (*h.shape[:-1], self.config.heads, -1)
             none = partial(torch.zeros_like, h, requires_grad=h.requires_grad)  # as later keys and values will
             kvs = [tuple(none().view(shape) for _ in "kv") for _ in range(R)]
-        shares, index = [], None  # w_n; the active tokens, where they are few
-        packs, capacity = training and len(self.capacities) > 0 and (adaptive or own), None
+        shares = []  # w_n
+        rows = number = None  # how many tokens a step computes, None: all; a function that says how many are active
+        packs = (adaptive or own) and (len(self.capacities) > 0 if training else not torch.is_grad_enabled())
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
         thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
         thresholds[-1:].fill_(-math.inf)  # a number assigned would wait for the device
@@ -323,31 +334,31 @@ class RecurrentTransformer(nn.Module):
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
             use = len(self.prelude) + n * R
-            frozen = None if awake else kvs
+            if number and self._asks_first(training):
+                if not (count := number()):
+                    break
+                awake = awake and count == tokens.numel()
+                rows, number = self._capacity(count, tokens.numel()), None
+            frozen = None if awake and number is None else kvs
             arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms[use : use + R], frozen, state
+            arguments += thresholds[n], rows, number
             if training and self.recompute == "step":
-                h, kvs, state, weight = checkpoint(self.step, *arguments, thresholds[n], capacity, use_reentrant=False)
-            elif index is not None:
-                h, kvs, state, weight = self.packed_step(*arguments, thresholds[n], index)
+                found = checkpoint(self.step, *arguments, use_reentrant=False)
             else:
-                h, kvs, state, weight = self.step(*arguments, thresholds[n], capacity)
+                found = self.step(*arguments)
+            if found is None:  # all tokens had halted
+                break
+            h, kvs, state, weight, rows = found
             shares.append(weight)
             if states is not None:
                 states.append(h)
             if self.config.memory == "per_step":
                 written.extend(kvs)
-            if adaptive and not torch.is_grad_enabled():
-                index = state.active.flatten().nonzero()[:, 0]  # here the host waits for the device
-                if not len(index):
-                    break
-                awake = awake and len(index) == tokens.numel()
-                index = self._packed(index, tokens.numel())
-            elif packs and n + 1 < steps:  # own depths are known here, on the host
+            if packs and n + 1 < steps:  # own depths are known here, on the host
                 number = read_later((depth > n + 1 if own else state.active).sum())
-                capacity = partial(self._capacity, number, tokens.numel())
         # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;
         # last_step: that is all there is
-        written.extend(kvs * ((N - n - 1) if self.config.memory == "per_step" else 1))
+        written.extend(kvs * ((N - len(shares)) if self.config.memory == "per_step" else 1))
         out = h if state is None else state.out.to(h.dtype)
 
         for i, block in enumerate(self.coda):
@@ -410,32 +421,45 @@ class RecurrentTransformer(nn.Module):
         return block.finish(x, attended, gains, gemms, self.recompute == "mlp" and torch.is_grad_enabled()), kv
 
     def step(
-        self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold, capacity=None
+        self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold, rows=None, number=None
     ):  # fmt: skip
         """One recurrence: injection, the R blocks, halting. The part that `compile` turns into one graph, or into two.
 
-        capacity: None, or a function that waits for the device and says for how many tokens there is a SwiGLU (None:
-        all). It is asked when the device has the attention of this step to do, and so is never idle.
-        Returns the new state h (B, T, D), the R blocks' (keys, values), the `ActState` and this step's output weights.
+        rows: how many tokens are computed, all active ones among them; None: all. number: None, or a function that
+        waits for the device and says how many are active. It is asked when the device has the attention of this step to
+        do, and so is never idle; the first half then goes by `rows`, the number of an earlier step, and so by no less.
+        Returns the new state h (B, T, D), the R blocks' (keys, values), the `ActState`, this step's output weights, and
+        how many tokens were computed; or, without gradient, None where all had halted.
         """
-        begun = self.begin(blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state)
-        rows = None if capacity is None else capacity()
-        return self.complete(blocks, gains, h, *begun, rope, spans, pasts, gemms, frozen, state, threshold, rows)
+        # with gradient the first half is of all tokens
+        early = None if torch.is_grad_enabled() else rows
+        begun = self.begin(blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, early)
+        if number is not None:
+            count = number()
+            if not (count or torch.is_grad_enabled()):
+                return None
+            rows = self._capacity(count, state.active.numel())
+        return *self.complete(blocks, gains, h, *begun, rope, spans, pasts, gemms, frozen, state, threshold, rows), rows
 
-    def begin(self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state):
+    def begin(self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, rows=None):
         """The input of the blocks, what the first one's attention finds, and its (keys, values)."""
-        x = self.injected(h, e, inject)
-        return x, *self._attend(0, x, blocks, gains, rope, spans, pasts, gemms, frozen, state)
+        packed = None if rows is None else Packed.of(state.active, rows)
+        if packed:
+            x = packed.put(self.injected(packed.take(h), packed.take(e), inject))
+        else:
+            x = self.injected(h, e, inject)
+        return x, *self._attend(0, x, blocks, gains, rope, spans, pasts, gemms, frozen, state, packed)
 
     def complete(
         self, blocks, gains, before, x, attended, kv, rope, spans, pasts, gemms, frozen, state, threshold, rows
     ):  # fmt: skip
-        """The rest of a step, after `begin`. before: the state that it began with. rows: of the SwiGLU, None: all."""
-        packed = None if rows is None else Packed.of(state.active.flatten(), rows)
+        """The rest of a step, after `begin`. before: the state that it began with. rows: as in `step`."""
+        packed = None if rows is None else Packed.of(state.active, rows)
         kvs, recompute = [kv], self.recompute == "mlp" and torch.is_grad_enabled()
         for r, block in enumerate(blocks):
             if r:
-                attended, kv = self._attend(r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state)
+                early = None if torch.is_grad_enabled() else packed
+                attended, kv = self._attend(r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state, early)
                 kvs.append(kv)
             x = block.finish(x, attended, unit(gains[r], x.dtype), gemms[r], recompute, packed)
         if state is None:
@@ -444,50 +468,29 @@ class RecurrentTransformer(nn.Module):
         state, weight = state.advance(x, self.halting_probability(x, before), threshold, weighted)
         return x, kvs, state, weight
 
-    def _attend(self, r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state):
+    def _attend(self, r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state, packed):
         """Of the r-th block of a step."""
         old, active = (frozen[r], state.active) if state and frozen else (None, None)
-        return blocks[r].attend(x, unit(gains[r], x.dtype), rope, spans, pasts[r], gemms[r], old, active)
+        return blocks[r].attend(x, unit(gains[r], x.dtype), rope, spans, pasts[r], gemms[r], old, active, packed)
 
-    def packed_step(
-        self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, threshold, index
-    ):  # fmt: skip
-        """`step`, without gradient, of the tokens `index` (P,), counted through the batch; the others have halted. Only
-        attention still has a query for every token: it is a small part, and its kernels want whole segments."""
-        (B, T, _), position = h.shape, index % h.shape[1]
-        rope = tuple(x[position] for x in rope)
-        h, e = h.flatten(0, 1), e.flatten(0, 1)
-        before, kvs = h[index], []
-        x = self.injected(before, e[index], inject)
-        for r, block in enumerate(blocks):
-            own = unit(gains[r], x.dtype)
-            q, k, v = block.project(x, own, rope, gemms[r])
-            k, v = (old.flatten(0, 1).index_copy(0, index, new).view_as(old) for new, old in zip((k, v), frozen[r]))
-            q = torch.zeros_like(k).flatten(0, 1).index_copy_(0, index, q).view_as(k)
-            attended = spans.attend(q, k, v, pasts[r]).flatten(0, 1)[index]
-            x = block.finish(x, attended, own, gemms[r])
-            kvs.append((k, v))
-        parts = [getattr(state, field.name).flatten(0, 1) for field in fields(ActState)]
-        own, weight = ActState(*(part[index] for part in parts)).advance(
-            x, self.halting_probability(x, before), threshold, self.config.halting == "act"
-        )
-        news = [getattr(own, field.name) for field in fields(ActState)]
-        state = ActState(*(old.index_copy(0, index, new).unflatten(0, (B, T)) for old, new in zip(parts, news)))
-        weight = torch.zeros_like(state.remainder).flatten().index_copy_(0, index, weight).view(B, T)
-        return h.index_copy(0, index, x).unflatten(0, (B, T)), kvs, state, weight
-
-    def _packed(self, index, tokens):
-        """index (P,), filled up with its first element to a multiple of `packing`: few shapes, and such as GEMMs like.
-        None where that saves less than an eighth of all `tokens`, or the dense step is compiled."""
-        if self.compiled or not self.packing:
-            return None
-        fill = -len(index) % self.packing
-        return torch.cat([index, index[:1].expand(fill)]) if 8 * (len(index) + fill) <= 7 * tokens else None
+    def _asks_first(self, training):
+        """Whether the host learns the number of active tokens before a step begins, not behind its attention: where
+        the device is the host, and where a step is one graph."""
+        if training:
+            return False
+        return not self.capacities if self.compiled else self.embedding.weight.device.type == "cpu"
 
     def _capacity(self, number, tokens):
-        """The smallest of `capacities` that holds number() of `tokens`, in multiples of 16 for FP8; None: all."""
-        number, sizes = number(), (16 * math.ceil(share * tokens / 16) for share in sorted(self.capacities))
-        return next((rows for rows in sizes if number <= rows < tokens), None)
+        """How many of all `tokens` are computed where `number` of them are active; None: all. The smallest of
+        `capacities` that holds them, in multiples of 16 for FP8; or, where a size more is no graph more, a multiple of
+        `packing`: few shapes, and such as GEMMs like, unless that saves less than an eighth."""
+        if not (self.packing or torch.is_grad_enabled()):
+            return None
+        if self.compiled or torch.is_grad_enabled():
+            sizes = (16 * math.ceil(share * tokens / 16) for share in sorted(self.capacities))
+            return next((rows for rows in sizes if number <= rows < tokens), None)
+        rows = -(-number // self.packing) * self.packing
+        return rows if 8 * rows <= 7 * tokens else None
 
     def injected(self, h, e, inject):
         """The input of the blocks, from states h and inputs e, both (..., D)."""

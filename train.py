@@ -70,8 +70,8 @@ class TrainConfig:
     # What the backward pass computes again instead of keeping: nothing more than norms and the SwiGLU product; gate and
     # up of the SwiGLU too, half of all memory; or everything inside a recurrence.
     recompute: Literal["none", "mlp", "step"] = "none"
-    # Once enough tokens have halted, the SwiGLU is that of the others alone, in the smallest of these shares of all
-    # tokens that holds them, such as [0.25, 0.5, 0.75]; each is a graph to compile. Empty: of all tokens, always.
+    # Once enough tokens have halted, all after the attention is of the others alone, in the smallest of these shares of
+    # all tokens that holds them, such as [0.25, 0.5, 0.75]; each is a graph to compile. Empty: of all tokens, always.
     capacities: list[float] = field(default_factory=list)
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
     peak_tflops: float = 0.0  # of the accelerator in dtype, for the utilisation; 0: look it up by its name
@@ -220,6 +220,7 @@ class Trainer:
             self.model.capacities = self.t.capacities
         compiled = self.t.compile == "on" or self.t.compile == "auto" and on_cuda
         if compiled:
+            self.model.packing = 0  # a graph for each capacity takes longer than evaluation would be faster
             self.model.compile()
         self.model.recompute = self.t.recompute
         if self.t.dtype == "fp8":

@@ -240,6 +240,58 @@ def test_gemm_times_every_product(capsys):
     assert all(gemm[kind] > 0 for gemm in result["gemms"] for kind in ("bf16", "FP8 fast", "FP8 slow", "FP8 as used"))
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["drawn", "trained"])
+def test_scoring_beside_all_steps(capsys, prepared, run_folder, trained):
+    """The figures of a section, its bar among them; a checkpoint at its own depth, on real text."""
+    drawn = [*TINY, "--model.max_depth=6", "--depth=4", "--batch=8"]
+    arguments = [f"--checkpoint={run_folder}", f"--data={prepared}", "--batch=4"] if trained else drawn
+    status, out, _ = run(capsys, *arguments, "--length=32", "--memory=0,40", "--steps=1", command="score")
+    result, N = json.loads(out.splitlines()[-1]), 4 if trained else 6
+    assert status == 0 and result["dtype"] == "float32" and result["segment"] == 32
+    assert [section["memory"] for section in result["sections"]] == [0, 40]
+    for section in result["sections"]:
+        peers, depth = section["peers"], section["depth"]
+        assert list(peers) == ["all steps", "own rule", "packed", "head"]
+        assert trained or depth == pytest.approx(4, abs=0.5)
+        assert sum(section["active"]) == pytest.approx(depth, rel=1e-4) and 1 < depth < N
+        assert section["bar"] == pytest.approx(0.85 * N / depth, rel=1e-4) and section["by_flops"] > 1
+        assert peers["all steps"]["depth"] == N and peers["packed"]["depth"] == peers["own rule"]["depth"] == depth
+        assert peers["packed"]["difference"] < 1e-4 and peers["packed"]["other_depths"] == 0
+        for name, peer in peers.items():
+            assert peer["ms"] > 0 and len(peer["rounds_ms"]) == 2
+            assert name == "head" or peer["speed_up"] == pytest.approx(peers["all steps"]["ms"] / peer["ms"], rel=1e-4)
+        assert peers["packed"]["reaches_the_bar"] == (peers["packed"]["speed_up"] >= section["bar"])
+
+
+def test_scoring_that_is_not_the_same_fails(capsys, monkeypatch):
+    put = halting.Packed.put
+    monkeypatch.setattr(halting.Packed, "put", lambda self, y, old=None: put(self, y))  # nothing stays frozen
+    arguments = ["--model.max_depth=6", "--depth=4", "--batch=8", "--length=32", "--steps=1"]
+    status, out, err = run(capsys, *TINY, *arguments, command="score")
+    (section,) = json.loads(out.splitlines()[-1])["sections"]
+    assert status == 1 and "error: 'packed' failed" in err and section["peers"]["packed"]["difference"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--depth=3,9"], "--depth 9 must lie between 1 and 8"),
+        (["--depth=x"], "invalid"),
+        (["--model.halting=fixed"], "nothing to leave out"),
+        (["--capacities=0.5,2"], "--capacities are shares between 0 and 1, not 2"),
+        (["--checkpoint=/nowhere"], "--checkpoint: "),
+        (["--checkpoint=base", "--model.max_depth=4"], "a --checkpoint has its own model"),
+        (["--data=/nowhere"], "/nowhere: not prepared yet"),
+        (["--dtype=int8"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments_of_scoring_end_in_one_line(capsys, arguments, message):
+    small = [] if "checkpoint" in str(arguments) else ["--model.width=32", "--model.heads=2", "--model.hidden=48"]
+    status, out, err = run(capsys, *arguments, *small, command="score")
+    assert status == 2 and not out
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("memory, documents", [(0, "none"), (24, "8")])
 def test_attention_names_what_it_times(capsys, memory, documents):
     arguments = ["--batch=3", "--segment=16", "--rounds=1", f"--memory={memory}", f"--documents={documents}"]

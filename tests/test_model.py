@@ -301,18 +301,22 @@ def test_the_ponder_cost_has_gradient_through_the_remainder():
 @pytest.mark.parametrize("slots", ["per_step", "last_step"])
 @torch.no_grad()
 def test_leaving_out_halted_tokens_changes_nothing(changes, slots, monkeypatch):
+    """By multiples or by shares, whether the host knows before a step how many are active or behind its attention."""
     if slots == "last_step" and not changes.get("share", True):
         pytest.skip("own blocks cannot read each other's keys")
     model, tokens, packed = build(**changes, memory=slots), text(), []
-    step = model.packed_step
-    monkeypatch.setattr(model, "packed_step", lambda *a: packed.append(len(a[-1])) or step(*a))
+    of = Packed.of
+    monkeypatch.setattr(Packed, "of", lambda active, rows: packed.append((int(active.sum()), rows)) or of(active, rows))
     runs = []
-    for model.packing in (0, 1, 8):
+    for packing, capacities, first in ((0, (), True), (1, (), True), (8, (), False), (8, (0.2, 0.6, 0.8), False)):
+        model.packing, model.capacities, model.compiled = packing, capacities, bool(capacities)
+        monkeypatch.setattr(model, "_asks_first", lambda _, first=first: first)
         memory, outputs = model.new_memory(3, 24), []
         for part in tokens.split(10, 1):
             outputs.append(model(part, memory=memory))
             memory = outputs[-1].memory
         runs.append((outputs, memory.settle().ring))
+        assert packing or not packed
     for outputs, ring in runs[1:]:
         for here, dense in zip(outputs, runs[0][0]):
             assert torch.equal(here.depth, dense.depth)
@@ -321,7 +325,23 @@ def test_leaving_out_halted_tokens_changes_nothing(changes, slots, monkeypatch):
             torch.testing.assert_close(here.weights, dense.weights)
         for x, y in zip(ring.keys + ring.values, runs[0][1].keys + runs[0][1].values):
             torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
-    assert all(n <= 26 for n in packed) and (packed or changes.get("max_depth", 5) == 3 or model.halting is None)
+    assert all(count <= rows <= 26 for count, rows in packed)
+    assert packed or changes.get("max_depth", 5) == 3 or model.halting is None
+
+
+@torch.no_grad()
+def test_where_all_have_halted_the_steps_left_are_not_run(monkeypatch):
+    """Nor are they where the host learns of it with half of the next step begun."""
+    model, completed = build(halting_bias=3.0), []
+    complete = model.complete
+    monkeypatch.setattr(model, "complete", lambda *a: completed.append(1) or complete(*a))
+    for first, packing in ((True, 0), (True, 1), (False, 1)):
+        completed.clear()
+        monkeypatch.setattr(model, "_asks_first", lambda _, first=first: first)
+        model.packing = packing
+        out = model(text(), memory=model.new_memory(3, 40))
+        assert len(completed) == len(out.weights) == out.depth.max() < model.config.max_depth
+        assert len(out.memory.settle().ring.keys) == model.config.max_depth
 
 
 def trained(model, tokens, depth=None, part=20):
@@ -395,6 +415,11 @@ def test_packed_are_the_active_tokens_and_then_others():
     put = packed.put(packed.take(x))
     assert torch.equal(put[packed.index], x[packed.index]) and put[[4, 6, 7]].abs().max() == 0
     assert torch.autograd.gradcheck(lambda x: packed.put(packed.take(x).sin()), x)
+    new = packed.put(-packed.take(x), x)
+    assert torch.equal(new, torch.where(active[:, None], -x, x))
+    of_rows = Packed.of(active.view(2, 4), 5)
+    assert torch.equal(of_rows.take(x.view(2, 4, 3)), packed.take(x))
+    assert torch.equal(of_rows.put(packed.take(x)), put.view(2, 4, 3))
     for rows in (3, 8):
         assert sorted(Packed.of(active, rows).index.tolist()) == ([1, 2, 5] if rows == 3 else list(range(8)))
 
@@ -403,7 +428,20 @@ def test_packed_are_the_active_tokens_and_then_others():
 def test_capacities_are_multiples_of_16_that_hold_what_is_active(number, rows):
     model = build()
     model.capacities = (0.8, 0.5, 0.1)
-    assert model._capacity(lambda: number, 96) == rows
+    assert model._capacity(number, 96) == rows
+    with torch.no_grad():
+        model.compiled = True
+        assert model._capacity(number, 96) == rows
+        model.packing = 0
+        assert model._capacity(number, 96) is None
+
+
+@pytest.mark.parametrize("number, rows", [(1, 8), (8, 8), (9, 16), (80, 80), (81, None)])
+@torch.no_grad()
+def test_without_a_graph_a_multiple_is_taken_where_that_saves_an_eighth(number, rows):
+    model = build()
+    model.packing = 8
+    assert model._capacity(number, 96) == rows
 
 
 def packed(model, tokens):
@@ -592,6 +630,46 @@ def test_a_capacity_is_a_graph(monkeypatch):
     assert train([1, 2, 3, 5]) == dense + 3 and set(asked) == {None, 48, 32, 16}
     assert train([1, 1, 2, 4]) == train([3, 3, 1, 3]) == dense + 3
     assert train([1, 2, 3, 5], length=24) == dense + 4  # only the attention knows of memory
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_scoring_by_a_compiled_model_leaves_out_halted_tokens(monkeypatch):
+    """As traced: the results are those of the dense recurrence, and each number of rows is a graph of each half of a
+    step, once: other tokens and depths add none."""
+    graphs, original, used = [], torch.compile, []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: original(f, backend=counted, dynamic=dynamic))
+    torch._dynamo.reset()
+    model, dense = build(max_depth=8), build(max_depth=8)
+    dense.packing, model.capacities = 0, (0.25, 0.5, 0.75)
+    model.compile()
+    capacity = model._capacity
+    monkeypatch.setattr(model, "_capacity", lambda *a: used.append(capacity(*a)) or used[-1])
+
+    def score(seed, bias):
+        tokens, memories = text(2, 64, seed), [m.new_memory(2, 16) for m in (model, dense)]
+        for m in (model, dense):
+            m.halting.bias.fill_(bias)
+        for part in tokens.split(32, 1):
+            here, there = (m(part, memory=memory) for m, memory in zip((model, dense), memories))
+            assert torch.equal(here.depth, there.depth)
+            torch.testing.assert_close(here.logits, there.logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(here.ponder, there.ponder)
+            memories = here.memory, there.memory
+
+    for seed, bias in ((1, -1.2), (2, -1.5), (3, -0.8), (4, -1.0)):
+        score(seed, bias)
+    assert {16, 32, 48} <= set(used)
+    found = len(graphs)
+    assert found <= 2 * 4  # all tokens, and three capacities
+    for seed in range(5, 9):
+        score(seed, -1.1)
+    assert len(graphs) == found
     torch._dynamo.reset()
 
 
