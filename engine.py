@@ -169,7 +169,7 @@ class Engine:
     def halt(self, h, before):
         """Graves' rule for rows with new states h (R, D), see `halting.ActState.advance`, the state of one token."""
         s, c, model = self.state, self.model.config, self.model
-        p = model.halting_probability(h[None], before[None])[0]
+        p = model.halting_probability(h, before, s.step)
         forced = s.step + 1 >= self.steps
         reached = 1 - s.remainder + p >= 1 - c.halting_eps if self.adaptive else torch.zeros_like(forced)
         halted = forced | reached

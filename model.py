@@ -214,6 +214,8 @@ class RecurrentTransformer(nn.Module):
         self.capacities = ()
         self.packing = 64  # without gradient, halted tokens are left out, and the rest is a multiple of this; 0: never
         self.halting = nn.Linear(D, 1) if config.halting in ("act", "exit") else None
+        if config.halting == "exit":
+            self.halting.bias = nn.Parameter(torch.empty(N))  # what going on wins falls from step to step
         self.init_weights()
         if config.halting == "exit":  # then all else stays as it is
             self.requires_grad_(False)
@@ -383,7 +385,7 @@ class RecurrentTransformer(nn.Module):
         if weights is None:
             weights = torch.full_like(out.nll, 1 / out.nll.numel())
         weights = weights.to(out.nll.device, non_blocking=True)
-        errors = [(self.halting_value(h) - gain).square() for h, gain in zip(states, gains)]
+        errors = [(self.halting_value(h, n) - gain).square() for n, (h, gain) in enumerate(zip(states, gains))]
         return replace(out, loss=(weights * torch.stack(errors).mean(0)).sum())
 
     def spans(self, tokens, memory=None):
@@ -441,7 +443,7 @@ class RecurrentTransformer(nn.Module):
         if state is None:
             return x, kvs, None, None
         weighted = self.config.halting == "act"
-        state, weight = state.advance(x, self.halting_probability(x, before), threshold, weighted)
+        state, weight = state.advance(x, self.halting_probability(x, before, state.depth), threshold, weighted)
         return x, kvs, state, weight
 
     def _attend(self, r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state):
@@ -468,8 +470,9 @@ class RecurrentTransformer(nn.Module):
             x = block.finish(x, attended, own, gemms[r])
             kvs.append((k, v))
         parts = [getattr(state, field.name).flatten(0, 1) for field in fields(ActState)]
-        own, weight = ActState(*(part[index] for part in parts)).advance(
-            x, self.halting_probability(x, before), threshold, self.config.halting == "act"
+        own = ActState(*(part[index] for part in parts))
+        own, weight = own.advance(
+            x, self.halting_probability(x, before, own.depth), threshold, self.config.halting == "act"
         )
         news = [getattr(own, field.name) for field in fields(ActState)]
         state = ActState(*(old.index_copy(0, index, new).unflatten(0, (B, T)) for old, new in zip(parts, news)))
@@ -498,20 +501,23 @@ class RecurrentTransformer(nn.Module):
             return fp8.linear(torch.cat([e, h], -1), self.w_inject)
         return h
 
-    def halting_probability(self, h, before):
-        """p_n of states h (B, T, D), and of those of the step before, as (B, T) float32; 0 or 1 but for ACT."""
+    def halting_probability(self, h, before, step):
+        """p_n of states h (B, T, D), of those of the step before, and of n - 1 (B, T), the steps before, as (B, T)
+        float32; 0 or 1 but for ACT."""
         if self.config.halting == "fixed":
             return torch.zeros_like(h[..., 0], dtype=torch.float32)
         if self.config.halting == "exit":
-            return (self.halting_value(h) < self.config.tolerance).float()
+            return (self.halting_value(h, step) < self.config.tolerance).float()
         if self.config.halting == "stability":
             change = (norm(h.float()) - norm(before.float())).square().mean(-1).sqrt()
             return (change < self.config.tolerance).float()
-        return torch.sigmoid(self.halting_value(h))
+        return torch.sigmoid(self.halting_value(h, step))
 
-    def halting_value(self, h):
-        """What the halting head makes of states h (B, T, D), as (B, T) float32."""
-        return (norm(h.float()) * self.halting.weight).sum(-1) + self.halting.bias  # this sum fuses with the norm
+    def halting_value(self, h, step):
+        """What the halting head makes of states h (B, T, D) with `step` steps before them, a number or (B, T), as
+        (B, T) float32."""
+        bias = self.halting.bias[step] if self.config.halting == "exit" else self.halting.bias
+        return (norm(h.float()) * self.halting.weight).sum(-1) + bias  # this sum fuses with the norm
 
     def loss(self, out, targets, weights):
         """The sum of weights * nll, or what the function `weights` makes of nll; and nll (B, T) float32 in nats, which

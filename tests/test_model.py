@@ -263,7 +263,8 @@ def test_the_exit_head_learns_what_going_on_wins():
         gains = torch.stack([out.nll - forced[-1].nll for out in forced[:-1]])
         torch.nn.init.zeros_(model.halting.weight)
     out = model(tokens, targets)
-    assert out.loss.item() == pytest.approx((model.halting.bias.detach() - gains).square().mean().item(), rel=1e-4)
+    expected = model.halting.bias.detach()[:-1, None, None]  # of every step its own
+    assert out.loss.item() == pytest.approx((expected - gains).square().mean().item(), rel=1e-4)
     assert torch.equal(out.nll, forced[-1].nll) and (out.depth == N).all()
     out.loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -274,12 +275,22 @@ def test_the_exit_head_learns_what_going_on_wins():
         loss = model(tokens, targets).loss
         loss.backward()
         optimizer.step()
-    assert loss < 0.9 * (gains - gains.mean()).square().mean()  # more than a constant knows
+    assert loss < 0.9 * (gains - gains.mean((1, 2), keepdim=True)).square().mean()  # more than a constant each knows
     with torch.no_grad():
-        value = torch.stack([model.halting_value(h) for h in states_of(model, tokens)])
+        value = torch.stack([model.halting_value(h, n) for n, h in enumerate(states_of(model, tokens))])
         model.config = replace(model.config, tolerance=value[0].median().item())
         taken = model(tokens).depth
         assert torch.equal(taken == 1, value[0] < model.config.tolerance)
+
+
+@torch.no_grad()
+def test_the_exit_head_knows_its_step():
+    model, tokens = build(halting="exit"), text()
+    torch.nn.init.zeros_(model.halting.weight)
+    for k in range(1, 6):
+        model.halting.bias.copy_(torch.where(torch.arange(1, 6) == k, 0.0, 1.0))
+        for model.packing in (0, 8):
+            assert (model(tokens).depth == k).all()
 
 
 def states_of(model, tokens):

@@ -405,6 +405,16 @@ def test_an_exit_head_is_trained_on_a_frozen_model(workplace, monkeypatch, capsy
     assert "is of another architecture" in capsys.readouterr().err
 
 
+def test_a_head_for_act_is_none_for_exit(workplace, write_run):
+    before = checkpoint.load_model(write_run(workplace / "base"))[0].state_dict()
+    text = CONFIG.split("[model]")[0] + 'init = "./base"\n[model]\nhalting = "exit"\n'
+    text += "[data]" + CONFIG.split("[data]")[1].replace("target_depth = 2.0", "")
+    (workplace / "tiny.toml").write_text(text)
+    after = train.Trainer(config.load("tiny.toml", train.Config).with_model()).model.state_dict()
+    assert before["halting.weight"].any() and not after["halting.weight"].any()
+    assert all(torch.equal(before[name], x) for name, x in after.items() if not name.startswith("halting."))
+
+
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = RecurrentTransformer(config.load(ROOT / "configs/demo.toml", train.Config).model)
     optimizers = train.build_optimizers(model, train.OptimConfig())
