@@ -56,6 +56,7 @@ class ModelConfig:
     tolerance: float = 0.1  # exit, in nats; stability, RMS
     injection: Literal["none", "gain", "concat_linear"] = "gain"
     step_gains: bool = True  # own gains on the branches at every step, 4 x D per block and step
+    sandwich: bool = False  # a norm behind each branch, too, with a gain: before it is added (arXiv 2502.05171)
     memory: Literal["per_step", "last_step"] = "per_step"  # last_step: one K/V slot for all steps, N times smaller
     cross_documents: bool = False  # true: attention and memory run across document boundaries
     rope_base: float = 10000.0
@@ -133,14 +134,19 @@ def norm(x):
     return F.rms_norm(x, (x.shape[-1],))
 
 
+def behind(y, gain):
+    """A branch's output y (..., D) through the norm behind it, of `gain` (D,); None: there is none."""
+    return y if gain is None else norm(y) * gain.to(y.dtype)
+
+
 def Linear(fan_in, fan_out):
     """A linear layer without bias: a float32 master weight. It is `fp8.Weight` that GEMMs multiply with."""
     return nn.Linear(fan_in, fan_out, bias=False)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: causal attention with QK-norm and rotary positions (`attend`), then SwiGLU
-    (`finish`)."""
+    """A pre-norm, or sandwich-norm, transformer block: causal attention with QK-norm and rotary positions (`attend`),
+    then SwiGLU (`finish`)."""
 
     def __init__(self, config):
         super().__init__()
@@ -148,6 +154,8 @@ class Block(nn.Module):
         self.heads = config.heads
         self.query, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
         self.gate, self.up, self.down = Linear(D, F), Linear(D, F), Linear(F, D)
+        gain = lambda: nn.Parameter(torch.empty(D)) if config.sandwich else None  # noqa: E731
+        self.output_gain, self.down_gain = gain(), gain()
         # Layers with the same input are one GEMM.
         self.w_qkv = fp8.Weight(self.query.weight, self.key.weight, self.value.weight)
         self.w_output = fp8.Weight(self.output.weight)
@@ -173,10 +181,10 @@ class Block(nn.Module):
     def finish(self, x, attended, gains, gemms=(), recompute=False, packed=None):
         """x (..., D) after the two branches; attended: (..., H, d). recompute: gate and up of the SwiGLU, in the
         backward pass. packed: `Packed` tokens, the only ones for which the SwiGLU is computed."""
-        x = x + gains[1] * fp8.linear(attended.flatten(-2), self.w_output, *gemms, site=1)
+        x = x + gains[1] * behind(fp8.linear(attended.flatten(-2), self.w_output, *gemms, site=1), self.output_gain)
         mlp = partial(checkpoint, fp8.mlp, use_reentrant=False) if recompute else fp8.mlp
         rows = packed.take(x.flatten(0, -2)) if packed else x
-        y = gains[3] * mlp(norm(rows) * gains[2], self.w_gate_up, self.w_down, *gemms)
+        y = gains[3] * behind(mlp(norm(rows) * gains[2], self.w_gate_up, self.w_down, *gemms), self.down_gain)
         return x + (packed.put(y).view_as(x) if packed else y)
 
 
@@ -225,7 +233,9 @@ class RecurrentTransformer(nn.Module):
     def init_weights(self):
         """embedding            normal, std 5/D: the tied head gives a token its own logit 5; GPT-2's 0.02 would give 26
         query key value gate up normal, std 1/sqrt(fan in)
-        output down             zero: every block starts as the identity
+        output down             zero: every block starts as the identity; sandwich: as those above, as the norm of a
+                                small vector has a large gradient, and the gain behind it is small instead: such that
+                                all branches of a pass, independent of each other, would add up to a vector of RMS 1
         gains                   1
         a_n, b_n                1, and b_1 = 0 since h_0 is e itself; concat_linear starts as u = e
         halting                 weight 0, bias from the config (exit: 1 nat): at first all tokens take as many steps
@@ -233,8 +243,11 @@ class RecurrentTransformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=5 / self.config.width)
         for block in [*self.prelude, *self.recur, *self.coda]:
             for name, layer in block.named_children():
-                std = 0.0 if name in ("output", "down") else layer.in_features**-0.5
-                nn.init.normal_(layer.weight, std=std)
+                zero = name in ("output", "down") and not self.config.sandwich
+                nn.init.normal_(layer.weight, std=0.0 if zero else layer.in_features**-0.5)
+            if self.config.sandwich:
+                for gain in (block.output_gain, block.down_gain):
+                    gain.fill_((2 * self.uses) ** -0.5)
         if self.gains is not None:
             self.gains.fill_(1)
         if self.config.injection == "gain":

@@ -401,6 +401,7 @@ class Trainer:
         path = found[-1]
         meta = checkpoint.read_meta(path)
         old, new = meta["config"], json.loads(config.to_json(self.cfg))
+        old["model"] = dataclasses.asdict(ModelConfig()) | old["model"]  # of before a knob: with its default
         if changed := list(config.differences(old["model"], new["model"], "model.")):
             raise checkpoint.CheckpointError(
                 f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"

@@ -61,7 +61,7 @@ def tiny(tiny_model):
     + [] if INTERPRETED else
     [({}, None), (dict(halting="fixed", memory="last_step"), 3), ({}, 2), (dict(halting="fixed"), None),
      (dict(halting="stability", tolerance=1.3), None), (dict(memory="last_step", step_gains=False), None),
-     (dict(halting="exit", tolerance=0.5), None),
+     (dict(halting="exit", tolerance=0.5), None), (dict(sandwich=True), None),
      (dict(injection="none"), None), (dict(cross_documents=True), None)],
 )  # fmt: skip
 def test_rows_are_their_texts_one_by_one(tiny, changes, depth, rows, prompts):

@@ -56,6 +56,8 @@ VARIANTS = {
     "across documents": {"cross_documents": True},
     "stability": {"halting": "stability", "tolerance": 0.6},
     "exit": {"halting": "exit", "tolerance": 1.2},
+    "sandwich": {"sandwich": True},
+    "sandwich, prelude and coda": {"sandwich": True, "prelude": 1, "coda": 1, "max_depth": 3, "step_gains": False},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -500,12 +502,16 @@ def test_logits_of_the_tokens_to_keep_are_those_of_all():
         assert torch.equal(out.depth, whole.depth)
 
 
-@torch.no_grad()
-def test_an_untrained_model_is_close_to_uniform():
-    model = RecurrentTransformer(ModelConfig(width=64, heads=2, hidden=64))
+@pytest.mark.parametrize("changes", [{}, {"sandwich": True}, {"sandwich": True, "step_gains": False, "prelude": 1}])
+def test_an_untrained_model_is_close_to_uniform(changes):
+    """And the norm of its gradients is about 1, where it is clipped; through a norm of zeros it were hundreds."""
+    torch.manual_seed(0)
+    model = RecurrentTransformer(ModelConfig(width=64, heads=2, hidden=64, **changes))
     tokens = torch.randint(0, 50000, (2, 64), generator=torch.Generator().manual_seed(0))
-    nll = model(tokens[:, :-1], tokens[:, 1:]).nll.mean()
-    assert abs(nll - math.log(model.config.vocab_size)) < 0.3
+    out = model(tokens[:, :-1], tokens[:, 1:])
+    assert abs(out.nll.mean() - math.log(model.config.vocab_size)) < 0.3
+    out.loss.backward()
+    assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) == pytest.approx(1.1, abs=0.2)
 
 
 def shapes_only(name):
