@@ -345,6 +345,6 @@ def unfit(model, rows):
         return "it is for one recurrent block, without prelude and coda"
     if not c.share and rows > 1:
         return "own blocks at every step cannot be shared by rows at different steps; give it one row"
-    if c.injection == "concat_linear":
-        return "injection = concat_linear is not built in"
+    if c.injection in ("concat_linear", "hyper"):
+        return f"injection = {c.injection} is not built in"
     return None

@@ -54,7 +54,10 @@ class ModelConfig:
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
     tolerance: float = 0.1  # exit, in nats; stability, RMS
-    injection: Literal["none", "gain", "concat_linear"] = "gain"
+    # What enters a step: the state (none); it, normalised, plus the input (gain); a linear layer of both; or a weighted
+    # sum of `lanes` states, which begin as the input, and to all of which a step adds (hyper-connections).
+    injection: Literal["none", "gain", "concat_linear", "hyper"] = "gain"
+    lanes: int = 2  # hyper: L
     step_gains: bool = True  # own gains on the branches at every step, 4 x D per block and step
     sandwich: bool = False  # a norm behind each branch, too, with a gain: before it is added (arXiv 2502.05171)
     memory: Literal["per_step", "last_step"] = "per_step"  # last_step: one K/V slot for all steps, N times smaller
@@ -64,7 +67,7 @@ class ModelConfig:
     document_start: int = data.EOT  # the token that opens every document
 
     def __post_init__(self):
-        for name in ("width", "heads", "hidden", "max_depth", "vocab_size"):
+        for name in ("width", "heads", "hidden", "max_depth", "lanes", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
         if min(self.prelude, self.coda) < 0 or self.recur < 1:
@@ -207,11 +210,13 @@ class RecurrentTransformer(nn.Module):
         self.recur = nn.ModuleList(Block(config) for _ in range(R if config.share else N * R))
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda))
         self.gains = nn.Parameter(torch.empty(N, R, 4, D)) if config.step_gains else None
-        self.inject = None
+        self.inject, self.lanes = None, config.lanes if config.injection == "hyper" else 1
         if config.injection == "gain":
             self.inject = nn.Parameter(torch.empty(N, 2))  # a_n, b_n
         elif config.injection == "concat_linear":
             self.inject = Linear(2 * D, D)
+        elif config.injection == "hyper":
+            self.inject = nn.Parameter(torch.empty(N, self.lanes + 2, self.lanes))  # alpha_n, beta_n, M_n
         self.w_inject = fp8.Weight(self.inject.weight) if config.injection == "concat_linear" else None
         self.w_head = fp8.Weight(self.embedding.weight)
         self.gemms, self.scales = fp8.BF16, None  # of training; without gradients every GEMM is in compute_dtype
@@ -238,6 +243,7 @@ class RecurrentTransformer(nn.Module):
                                 all branches of a pass, independent of each other, would add up to a vector of RMS 1
         gains                   1
         a_n, b_n                1, and b_1 = 0 since h_0 is e itself; concat_linear starts as u = e
+        alpha_n, beta_n, M_n    one lane, in turn; 1; the identity: u_n is e plus the outputs, normalised, before it
         halting                 weight 0, bias from the config (exit: 1 nat): at first all tokens take as many steps
         """
         nn.init.normal_(self.embedding.weight, std=5 / self.config.width)
@@ -254,6 +260,9 @@ class RecurrentTransformer(nn.Module):
             self.inject.fill_(1)[0, 1] = 0
         elif self.config.injection == "concat_linear":
             self.inject.weight.copy_(torch.eye(self.config.width, 2 * self.config.width))
+        elif self.config.injection == "hyper":
+            one, N = torch.eye(self.lanes), self.config.max_depth
+            self.inject.fill_(1)[:, 0], self.inject[:, 2:] = one.repeat(N, 1)[:N], one
         if self.halting is not None:
             nn.init.zeros_(self.halting.weight)
             nn.init.constant_(self.halting.bias, self.config.halting_bias if self.config.halting == "act" else 1.0)
@@ -316,13 +325,13 @@ class RecurrentTransformer(nn.Module):
             written.append(kv)
 
         state = kvs = None
-        e, h = h, h.clone()  # not one tensor under two names, which would be a graph of its own
+        e, h = h, h.repeat(1, 1, self.lanes)  # not one tensor under two names, which would be a graph of its own
         # no token has halted, and the host knows it: then there is nothing to freeze
         awake = not (torch.is_grad_enabled() or self.compiled or own)
         if adaptive or own or self.config.halting == "act":
-            state = ActState.start(tokens, h)
-            shape = (*h.shape[:-1], self.config.heads, -1)
-            none = partial(torch.zeros_like, h, requires_grad=h.requires_grad)  # as later keys and values will
+            state = ActState.start(tokens, e)
+            shape = (*e.shape[:-1], self.config.heads, -1)
+            none = partial(torch.zeros_like, e, requires_grad=e.requires_grad)  # as later keys and values will
             kvs = [tuple(none().view(shape) for _ in "kv") for _ in range(R)]
         shares, index = [], None  # w_n; the active tokens, where they are few
         packs, capacity = training and len(self.capacities) > 0 and (adaptive or own), None
@@ -333,7 +342,7 @@ class RecurrentTransformer(nn.Module):
             last = depth.to(device, non_blocking=True) == torch.arange(1, steps + 1, device=device)[:, None, None]
             thresholds = torch.where(last, -math.inf, math.inf)
         gains = [[None] * R] * N if self.gains is None else [g.unbind() for g in self.gains.unbind()]
-        inject = self.inject.unbind() if self.config.injection == "gain" else [None] * N
+        inject = self.inject.unbind() if isinstance(self.inject, nn.Parameter) else [None] * N
         for n in range(steps):
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
@@ -363,7 +372,7 @@ class RecurrentTransformer(nn.Module):
         # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;
         # last_step: that is all there is
         written.extend(kvs * ((N - n - 1) if self.config.memory == "per_step" else 1))
-        out = h if state is None else state.out.to(h.dtype)
+        out = self.read(h) if state is None else state.out.to(h.dtype)
 
         for i, block in enumerate(self.coda):
             past = self._past(memory, len(written))
@@ -394,7 +403,7 @@ class RecurrentTransformer(nn.Module):
             out = self(tokens, targets, memory, self.config.max_depth, spans=spans, states=states)
             targets = targets.to(out.nll.device, non_blocking=True)
             zeros = torch.zeros_like(out.nll)
-            gains = [self.loss(h, targets, zeros)[1] - out.nll for h in states[:-1]]
+            gains = [self.loss(self.read(h), targets, zeros)[1] - out.nll for h in states[:-1]]
         if weights is None:
             weights = torch.full_like(out.nll, 1 / out.nll.numel())
         weights = weights.to(out.nll.device, non_blocking=True)
@@ -435,7 +444,9 @@ class RecurrentTransformer(nn.Module):
         """
         begun = self.begin(blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state)
         rows = None if capacity is None else capacity()
-        return self.complete(blocks, gains, h, *begun, rope, spans, pasts, gemms, frozen, state, threshold, rows)
+        return self.complete(
+            blocks, gains, inject, h, *begun, rope, spans, pasts, gemms, frozen, state, threshold, rows
+        )
 
     def begin(self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state):
         """The input of the blocks, what the first one's attention finds, and its (keys, values)."""
@@ -443,7 +454,7 @@ class RecurrentTransformer(nn.Module):
         return x, *self._attend(0, x, blocks, gains, rope, spans, pasts, gemms, frozen, state)
 
     def complete(
-        self, blocks, gains, before, x, attended, kv, rope, spans, pasts, gemms, frozen, state, threshold, rows
+        self, blocks, gains, inject, before, x, attended, kv, rope, spans, pasts, gemms, frozen, state, threshold, rows
     ):  # fmt: skip
         """The rest of a step, after `begin`. before: the state that it began with. rows: of the SwiGLU, None: all."""
         packed = None if rows is None else Packed.of(state.active.flatten(), rows)
@@ -453,10 +464,12 @@ class RecurrentTransformer(nn.Module):
                 attended, kv = self._attend(r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state)
                 kvs.append(kv)
             x = block.finish(x, attended, unit(gains[r], x.dtype), gemms[r], recompute, packed)
+        x = self.connected(before, x, inject)
         if state is None:
             return x, kvs, None, None
         weighted = self.config.halting == "act"
-        state, weight = state.advance(x, self.halting_probability(x, before, state.depth), threshold, weighted)
+        p = self.halting_probability(x, before, state.depth)
+        state, weight = state.advance(self.read(x), p, threshold, weighted)
         return x, kvs, state, weight
 
     def _attend(self, r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state):
@@ -484,8 +497,9 @@ class RecurrentTransformer(nn.Module):
             kvs.append((k, v))
         parts = [getattr(state, field.name).flatten(0, 1) for field in fields(ActState)]
         own = ActState(*(part[index] for part in parts))
+        x = self.connected(before, x, inject)
         own, weight = own.advance(
-            x, self.halting_probability(x, before, own.depth), threshold, self.config.halting == "act"
+            self.read(x), self.halting_probability(x, before, own.depth), threshold, self.config.halting == "act"
         )
         news = [getattr(own, field.name) for field in fields(ActState)]
         state = ActState(*(old.index_copy(0, index, new).unflatten(0, (B, T)) for old, new in zip(parts, news)))
@@ -506,13 +520,30 @@ class RecurrentTransformer(nn.Module):
         return next((rows for rows in sizes if number <= rows < tokens), None)
 
     def injected(self, h, e, inject):
-        """The input of the blocks, from states h and inputs e, both (..., D)."""
+        """The input of the blocks (..., D), from states h (..., D), or lanes (..., L D), and inputs e (..., D)."""
         if self.config.injection == "gain":
             a, b = inject.to(h.dtype)
             return a * norm(h) + b * e
         if self.config.injection == "concat_linear":
             return fp8.linear(torch.cat([e, h], -1), self.w_inject)
+        if self.config.injection == "hyper":
+            return (inject[0, :, None].to(h.dtype) * h.unflatten(-1, (self.lanes, -1))).sum(-2)
         return h
+
+    def connected(self, before, x, inject):
+        """The state after a step, from that before it and the output x (..., D) of its blocks: x itself, or, with
+        hyper-connections (Zhu et al. 2024, arXiv 2409.19606), lanes M_n before + beta_n norm(x), (..., L D): static and
+        one for all of a step's blocks, as measured for looped models in arXiv 2604.21106."""
+        if self.config.injection != "hyper":
+            return x
+        beta, mix, lanes = inject[1].to(x.dtype), inject[2:].to(x.dtype), before.unflatten(-1, (self.lanes, 1, -1))
+        # a product of a tiny matrix for every token, as a sum that fuses with the norm
+        mixed = (mix.t()[..., None] * lanes).sum(-3)
+        return (mixed + beta[:, None] * norm(x)[..., None, :]).flatten(-2)
+
+    def read(self, h):
+        """The state (..., D) that stands for `lanes` of them, (..., L D): their sum."""
+        return h if self.lanes == 1 else h.unflatten(-1, (self.lanes, -1)).sum(-2)
 
     def halting_probability(self, h, before, step):
         """p_n of states h (B, T, D), of those of the step before, and of n - 1 (B, T), the steps before, as (B, T)
@@ -527,10 +558,10 @@ class RecurrentTransformer(nn.Module):
         return torch.sigmoid(self.halting_value(h, step))
 
     def halting_value(self, h, step):
-        """What the halting head makes of states h (B, T, D) with `step` steps before them, a number or (B, T), as
-        (B, T) float32."""
+        """What the halting head makes of states h, (B, T, D) or lanes, as (B, T) float32. step: how many steps were
+        before them, a number or (B, T)."""
         bias = self.halting.bias[step] if self.config.halting == "exit" else self.halting.bias
-        return (norm(h.float()) * self.halting.weight).sum(-1) + bias  # this sum fuses with the norm
+        return (norm(self.read(h).float()) * self.halting.weight).sum(-1) + bias  # this sum fuses with the norm
 
     def loss(self, out, targets, weights):
         """The sum of weights * nll, or what the function `weights` makes of nll; and nll (B, T) float32 in nats, which

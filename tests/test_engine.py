@@ -156,7 +156,7 @@ def test_rows_of_float8_weights_keep_three_bits(tiny):
 @plain
 @pytest.mark.parametrize(
     "changes, options, message",
-    [(dict(prelude=1), {}, "without prelude and coda"), (dict(injection="concat_linear"), {}, "not built in"),
+    [(dict(prelude=1), {}, "without prelude and coda"), (dict(injection="hyper"), {}, "not built in"),
      ({}, dict(depth=5), "depth must lie in 1..4, not 5")],
 )  # fmt: skip
 def test_what_it_cannot_run_is_refused(tiny, changes, options, message):

@@ -106,8 +106,8 @@ def test_recomputing_changes_nothing(gemms, recompute, changes):
 @pytest.mark.parametrize(
     "recompute, changes",
     [("none", {"halting": "act"}), ("mlp", {"halting": "act"}), ("step", {"halting": "act"}), ("mlp", PACKED),
-     ("step", PACKED), ("none", PACKED | {"sandwich": True})],
-)
+     ("step", PACKED), ("none", PACKED | {"sandwich": True, "injection": "hyper"})],
+)  # fmt: skip
 def test_a_compiled_step_is_one_graph_and_the_same(monkeypatch, recompute, changes):
     """Traced as for a GPU, run by PyTorch: no graph breaks, the same loss and gradients. With packing it is two."""
     compiled, original, packed = [], torch.compile, "capacities" in changes

@@ -53,6 +53,9 @@ VARIANTS = {
     "stacked act": {"share": False, "max_depth": 3},
     "concat": {"injection": "concat_linear"},
     "plain": {"injection": "none", "step_gains": False},
+    "hyper": {"injection": "hyper", "lanes": 3},
+    "hyper, fixed": {"injection": "hyper", "halting": "fixed", "recur": 2, "max_depth": 3},
+    "hyper, exit": {"injection": "hyper", "halting": "exit", "tolerance": 1.2, "sandwich": True},
     "across documents": {"cross_documents": True},
     "stability": {"halting": "stability", "tolerance": 0.6},
     "exit": {"halting": "exit", "tolerance": 1.2},
@@ -166,6 +169,22 @@ def test_positions_are_exact_after_a_billion_tokens():
     near = model(tokens, memory=memory)
     memory.position = memory.ring.position = 10**9
     torch.testing.assert_close(model(tokens, memory=memory).logits, near.logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_hyper_connections_lane_by_lane():
+    """Of a document's first token, whose attention finds its own value."""
+    model, tokens = build(injection="hyper", lanes=3, halting="fixed"), text()[:, :1]
+    block, e = model.recur[0], norm(model.embedding(tokens))
+    lanes = [e] * 3
+    for (alpha, beta, *mix), gains in zip(model.inject, model.gains[:, 0]):
+        u = sum(alpha[i] * lanes[i] for i in range(3))
+        u = u + gains[1] * block.output(block.value(norm(u) * gains[0]))
+        y = norm(u) * gains[2]
+        u = u + gains[3] * block.down(F.silu(block.gate(y)) * block.up(y))
+        lanes = [sum(mix[i][j] * lanes[j] for j in range(3)) + beta[i] * norm(u) for i in range(3)]
+    logits = F.linear(norm(sum(lanes)), model.embedding.weight)[..., :V]
+    torch.testing.assert_close(model(tokens).logits[..., :V], logits, atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ halting
@@ -502,7 +521,7 @@ def test_logits_of_the_tokens_to_keep_are_those_of_all():
         assert torch.equal(out.depth, whole.depth)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sandwich": True}, {"sandwich": True, "step_gains": False, "prelude": 1}])
+@pytest.mark.parametrize("changes", [{}, {"sandwich": True, "step_gains": False, "prelude": 1}, {"injection": "hyper"}])
 def test_an_untrained_model_is_close_to_uniform(changes):
     """And the norm of its gradients is about 1, where it is clipped; through a norm of zeros it were hundreds."""
     torch.manual_seed(0)
