@@ -124,6 +124,11 @@ class Engine:
         self.plain = c.injection == "none"  # the state enters as it is, not normalised
         self.gains = torch.ones(N, 4, c.width, device=device) if model.gains is None else model.gains[:, 0]
         self.inject, self.gains = self.inject.detach().float().contiguous(), self.gains.detach().float().contiguous()
+        self.behind = norm if c.sandwich else lambda y: y
+        if c.sandwich:  # gains behind the branches become parts of those of the steps
+            own = [torch.stack([block.output_gain, block.down_gain]).detach() for block in model.recur]
+            before, after = self.gains[:, ::2], self.gains[:, 1::2] * torch.stack(own)
+            self.gains = torch.stack([before, after], 2).flatten(1, 2).contiguous()
         d = c.width // c.heads
         self.frequency = c.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
@@ -145,9 +150,10 @@ class Engine:
         a, b = self.inject[s.step].to(dtype).unbind(1)
         x = before if self.plain else a[:, None] * norm(before) + b[:, None] * e
         qkv = multiply(norm(x) * gain[0], self.weights.qkv, s.step)
-        x = x + gain[1] * multiply(self.attend(qkv).to(dtype), self.weights.output, s.step)
+        x = x + gain[1] * self.behind(multiply(self.attend(qkv).to(dtype), self.weights.output, s.step))
         gate, up = multiply(norm(x) * gain[2], self.weights.gate_up, s.step).chunk(2, -1)
-        h = x + gain[3] * multiply((F.silu(gate.float()) * up.float()).to(dtype), self.weights.down, s.step)
+        product = (F.silu(gate.float()) * up.float()).to(dtype)
+        h = x + gain[3] * self.behind(multiply(product, self.weights.down, s.step))
         self.halt(h, before)
         self.draw()
 
@@ -171,7 +177,7 @@ class Engine:
     def halt(self, h, before):
         """Graves' rule for rows with new states h (R, D), see `halting.ActState.advance`, the state of one token."""
         s, c, model = self.state, self.model.config, self.model
-        p = model.halting_probability(h[None], before[None])[0]
+        p = model.halting_probability(h, before, s.step)
         forced = s.step + 1 >= self.steps
         reached = 1 - s.remainder + p >= 1 - c.halting_eps if self.adaptive else torch.zeros_like(forced)
         halted = forced | reached
@@ -363,7 +369,7 @@ class Engine:
 def has_kernels(model, rows, top_k=None, top_p=1.0):
     """Whether a tick is that of engine_kernels.py."""
     c = model.config
-    plain = c.halting in ("act", "fixed") and c.injection == "gain" and top_k is None and top_p == 1
+    plain = c.halting in ("act", "fixed") and c.injection == "gain" and not c.sandwich and top_k is None and top_p == 1
     return rows == 1 and plain and engine_kernels.available(model) and unfit(model, rows) is None
 
 
@@ -374,6 +380,6 @@ def unfit(model, rows):
         return "it is for one recurrent block, without prelude and coda"
     if not c.share and rows > 1:
         return "own blocks at every step cannot be shared by rows at different steps; give it one row"
-    if c.injection == "concat_linear":
-        return "injection = concat_linear is not built in"
+    if c.injection in ("concat_linear", "hyper"):
+        return f"injection = {c.injection} is not built in"
     return None

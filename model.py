@@ -54,8 +54,12 @@ class ModelConfig:
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
     tolerance: float = 0.1  # exit, in nats; stability, RMS
-    injection: Literal["none", "gain", "concat_linear"] = "gain"
+    # What enters a step: the state (none); it, normalised, plus the input (gain); a linear layer of both; or a weighted
+    # sum of `lanes` states, which begin as the input, and to all of which a step adds (hyper-connections).
+    injection: Literal["none", "gain", "concat_linear", "hyper"] = "gain"
+    lanes: int = 2  # hyper: L
     step_gains: bool = True  # own gains on the branches at every step, 4 x D per block and step
+    sandwich: bool = False  # a norm behind each branch, too, with a gain: before it is added (arXiv 2502.05171)
     memory: Literal["per_step", "last_step"] = "per_step"  # last_step: one K/V slot for all steps, N times smaller
     cross_documents: bool = False  # true: attention and memory run across document boundaries
     rope_base: float = 10000.0
@@ -63,7 +67,7 @@ class ModelConfig:
     document_start: int = data.EOT  # the token that opens every document
 
     def __post_init__(self):
-        for name in ("width", "heads", "hidden", "max_depth", "vocab_size"):
+        for name in ("width", "heads", "hidden", "max_depth", "lanes", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
         if min(self.prelude, self.coda) < 0 or self.recur < 1:
@@ -133,14 +137,19 @@ def norm(x):
     return F.rms_norm(x, (x.shape[-1],))
 
 
+def behind(y, gain):
+    """A branch's output y (..., D) through the norm behind it, of `gain` (D,); None: there is none."""
+    return y if gain is None else norm(y) * gain.to(y.dtype)
+
+
 def Linear(fan_in, fan_out):
     """A linear layer without bias: a float32 master weight. It is `fp8.Weight` that GEMMs multiply with."""
     return nn.Linear(fan_in, fan_out, bias=False)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: causal attention with QK-norm and rotary positions (`attend`), then SwiGLU
-    (`finish`)."""
+    """A pre-norm, or sandwich-norm, transformer block: causal attention with QK-norm and rotary positions (`attend`),
+    then SwiGLU (`finish`)."""
 
     def __init__(self, config):
         super().__init__()
@@ -148,6 +157,8 @@ class Block(nn.Module):
         self.heads = config.heads
         self.query, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
         self.gate, self.up, self.down = Linear(D, F), Linear(D, F), Linear(F, D)
+        gain = lambda: nn.Parameter(torch.empty(D)) if config.sandwich else None  # noqa: E731
+        self.output_gain, self.down_gain = gain(), gain()
         # Layers with the same input are one GEMM.
         self.w_qkv = fp8.Weight(self.query.weight, self.key.weight, self.value.weight)
         self.w_output = fp8.Weight(self.output.weight)
@@ -181,9 +192,10 @@ class Block(nn.Module):
         backward pass. packed: `Packed` tokens, the only ones that are computed; the others become zero."""
         if packed:
             x, attended = packed.take(x), packed.take(attended)
-        x = x + gains[1] * fp8.linear(attended.flatten(-2), self.w_output, *gemms, site=1)
+        x = x + gains[1] * behind(fp8.linear(attended.flatten(-2), self.w_output, *gemms, site=1), self.output_gain)
         mlp = partial(checkpoint, fp8.mlp, use_reentrant=False) if recompute else fp8.mlp
-        x = x + gains[3] * mlp(norm(x) * gains[2], self.w_gate_up, self.w_down, *gemms)
+        y = mlp(norm(x) * gains[2], self.w_gate_up, self.w_down, *gemms)
+        x = x + gains[3] * behind(y, self.down_gain)
         return packed.put(x) if packed else x
 
 
@@ -206,11 +218,13 @@ class RecurrentTransformer(nn.Module):
         self.recur = nn.ModuleList(Block(config) for _ in range(R if config.share else N * R))
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda))
         self.gains = nn.Parameter(torch.empty(N, R, 4, D)) if config.step_gains else None
-        self.inject = None
+        self.inject, self.lanes = None, config.lanes if config.injection == "hyper" else 1
         if config.injection == "gain":
             self.inject = nn.Parameter(torch.empty(N, 2))  # a_n, b_n
         elif config.injection == "concat_linear":
             self.inject = Linear(2 * D, D)
+        elif config.injection == "hyper":
+            self.inject = nn.Parameter(torch.empty(N, self.lanes + 2, self.lanes))  # alpha_n, beta_n, M_n
         self.w_inject = fp8.Weight(self.inject.weight) if config.injection == "concat_linear" else None
         self.w_head = fp8.Weight(self.embedding.weight)
         self.gemms, self.scales = fp8.BF16, None  # of training; without gradients every GEMM is in compute_dtype
@@ -221,6 +235,8 @@ class RecurrentTransformer(nn.Module):
         self.capacities = ()
         self.packing = 64  # else, without gradient, by multiples of this; 0: without gradient, never
         self.halting = nn.Linear(D, 1) if config.halting in ("act", "exit") else None
+        if config.halting == "exit":
+            self.halting.bias = nn.Parameter(torch.empty(N))  # what going on wins falls from step to step
         self.init_weights()
         if config.halting == "exit":  # then all else stays as it is
             self.requires_grad_(False)
@@ -230,22 +246,31 @@ class RecurrentTransformer(nn.Module):
     def init_weights(self):
         """embedding            normal, std 5/D: the tied head gives a token its own logit 5; GPT-2's 0.02 would give 26
         query key value gate up normal, std 1/sqrt(fan in)
-        output down             zero: every block starts as the identity
+        output down             zero: every block starts as the identity; sandwich: as those above, as the norm of a
+                                small vector has a large gradient, and the gain behind it is small instead: such that
+                                all branches of a pass, independent of each other, would add up to a vector of RMS 1
         gains                   1
         a_n, b_n                1, and b_1 = 0 since h_0 is e itself; concat_linear starts as u = e
+        alpha_n, beta_n, M_n    one lane, in turn; 1; the identity: u_n is e plus the outputs, normalised, before it
         halting                 weight 0, bias from the config (exit: 1 nat): at first all tokens take as many steps
         """
         nn.init.normal_(self.embedding.weight, std=5 / self.config.width)
         for block in [*self.prelude, *self.recur, *self.coda]:
             for name, layer in block.named_children():
-                std = 0.0 if name in ("output", "down") else layer.in_features**-0.5
-                nn.init.normal_(layer.weight, std=std)
+                zero = name in ("output", "down") and not self.config.sandwich
+                nn.init.normal_(layer.weight, std=0.0 if zero else layer.in_features**-0.5)
+            if self.config.sandwich:
+                for gain in (block.output_gain, block.down_gain):
+                    gain.fill_((2 * self.uses) ** -0.5)
         if self.gains is not None:
             self.gains.fill_(1)
         if self.config.injection == "gain":
             self.inject.fill_(1)[0, 1] = 0
         elif self.config.injection == "concat_linear":
             self.inject.weight.copy_(torch.eye(self.config.width, 2 * self.config.width))
+        elif self.config.injection == "hyper":
+            one, N = torch.eye(self.lanes), self.config.max_depth
+            self.inject.fill_(1)[:, 0], self.inject[:, 2:] = one.repeat(N, 1)[:N], one
         if self.halting is not None:
             nn.init.zeros_(self.halting.weight)
             nn.init.constant_(self.halting.bias, self.config.halting_bias if self.config.halting == "act" else 1.0)
@@ -311,13 +336,13 @@ class RecurrentTransformer(nn.Module):
             written.append(kv)
 
         state = kvs = None
-        e, h = h, h.clone()  # not one tensor under two names, which would be a graph of its own
+        e, h = h, h.repeat(1, 1, self.lanes)  # not one tensor under two names, which would be a graph of its own
         # no token has halted, and the host knows it: then there is nothing to freeze
         awake = not (torch.is_grad_enabled() or self.compiled or own)
         if adaptive or own or self.config.halting == "act":
-            state = ActState.start(tokens, h)
-            shape = (*h.shape[:-1], self.config.heads, -1)
-            none = partial(torch.zeros_like, h, requires_grad=h.requires_grad)  # as later keys and values will
+            state = ActState.start(tokens, e)
+            shape = (*e.shape[:-1], self.config.heads, -1)
+            none = partial(torch.zeros_like, e, requires_grad=e.requires_grad)  # as later keys and values will
             kvs = [tuple(none().view(shape) for _ in "kv") for _ in range(R)]
         shares = []  # w_n
         rows = number = None  # how many tokens a step computes, None: all; a function that says how many are active
@@ -329,7 +354,7 @@ class RecurrentTransformer(nn.Module):
             last = depth.to(device, non_blocking=True) == torch.arange(1, steps + 1, device=device)[:, None, None]
             thresholds = torch.where(last, -math.inf, math.inf)
         gains = [[None] * R] * N if self.gains is None else [g.unbind() for g in self.gains.unbind()]
-        inject = self.inject.unbind() if self.config.injection == "gain" else [None] * N
+        inject = self.inject.unbind() if isinstance(self.inject, nn.Parameter) else [None] * N
         for n in range(steps):
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
@@ -359,7 +384,7 @@ class RecurrentTransformer(nn.Module):
         # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;
         # last_step: that is all there is
         written.extend(kvs * ((N - len(shares)) if self.config.memory == "per_step" else 1))
-        out = h if state is None else state.out.to(h.dtype)
+        out = self.read(h) if state is None else state.out.to(h.dtype)
 
         for i, block in enumerate(self.coda):
             past = self._past(memory, len(written))
@@ -390,11 +415,11 @@ class RecurrentTransformer(nn.Module):
             out = self(tokens, targets, memory, self.config.max_depth, spans=spans, states=states)
             targets = targets.to(out.nll.device, non_blocking=True)
             zeros = torch.zeros_like(out.nll)
-            gains = [self.loss(h, targets, zeros)[1] - out.nll for h in states[:-1]]
+            gains = [self.loss(self.read(h), targets, zeros)[1] - out.nll for h in states[:-1]]
         if weights is None:
             weights = torch.full_like(out.nll, 1 / out.nll.numel())
         weights = weights.to(out.nll.device, non_blocking=True)
-        errors = [(self.halting_value(h) - gain).square() for h, gain in zip(states, gains)]
+        errors = [(self.halting_value(h, n) - gain).square() for n, (h, gain) in enumerate(zip(states, gains))]
         return replace(out, loss=(weights * torch.stack(errors).mean(0)).sum())
 
     def spans(self, tokens, memory=None):
@@ -439,7 +464,8 @@ class RecurrentTransformer(nn.Module):
             if not (count or torch.is_grad_enabled()):
                 return None
             rows = self._capacity(count, state.active.numel())
-        return *self.complete(blocks, gains, h, *begun, rope, spans, pasts, gemms, frozen, state, threshold, rows), rows
+        begun = gains, inject, h, *begun
+        return *self.complete(blocks, *begun, rope, spans, pasts, gemms, frozen, state, threshold, rows), rows
 
     def begin(self, blocks, gains, inject, h, e, rope, spans, pasts, gemms, frozen, state, rows=None):
         """The input of the blocks, what the first one's attention finds, and its (keys, values)."""
@@ -451,7 +477,7 @@ class RecurrentTransformer(nn.Module):
         return x, *self._attend(0, x, blocks, gains, rope, spans, pasts, gemms, frozen, state, packed)
 
     def complete(
-        self, blocks, gains, before, x, attended, kv, rope, spans, pasts, gemms, frozen, state, threshold, rows
+        self, blocks, gains, inject, before, x, attended, kv, rope, spans, pasts, gemms, frozen, state, threshold, rows
     ):  # fmt: skip
         """The rest of a step, after `begin`. before: the state that it began with. rows: as in `step`."""
         packed = None if rows is None else Packed.of(state.active, rows)
@@ -462,10 +488,12 @@ class RecurrentTransformer(nn.Module):
                 attended, kv = self._attend(r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state, early)
                 kvs.append(kv)
             x = block.finish(x, attended, unit(gains[r], x.dtype), gemms[r], recompute, packed)
+        x = self.connected(before, x, inject)
         if state is None:
             return x, kvs, None, None
         weighted = self.config.halting == "act"
-        state, weight = state.advance(x, self.halting_probability(x, before), threshold, weighted)
+        p = self.halting_probability(x, before, state.depth)
+        state, weight = state.advance(self.read(x), p, threshold, weighted)
         return x, kvs, state, weight
 
     def _attend(self, r, x, blocks, gains, rope, spans, pasts, gemms, frozen, state, packed):
@@ -493,28 +521,48 @@ class RecurrentTransformer(nn.Module):
         return rows if 8 * rows <= 7 * tokens else None
 
     def injected(self, h, e, inject):
-        """The input of the blocks, from states h and inputs e, both (..., D)."""
+        """The input of the blocks (..., D), from states h (..., D), or lanes (..., L D), and inputs e (..., D)."""
         if self.config.injection == "gain":
             a, b = inject.to(h.dtype)
             return a * norm(h) + b * e
         if self.config.injection == "concat_linear":
             return fp8.linear(torch.cat([e, h], -1), self.w_inject)
+        if self.config.injection == "hyper":
+            return (inject[0, :, None].to(h.dtype) * h.unflatten(-1, (self.lanes, -1))).sum(-2)
         return h
 
-    def halting_probability(self, h, before):
-        """p_n of states h (B, T, D), and of those of the step before, as (B, T) float32; 0 or 1 but for ACT."""
+    def connected(self, before, x, inject):
+        """The state after a step, from that before it and the output x (..., D) of its blocks: x itself, or, with
+        hyper-connections (Zhu et al. 2024, arXiv 2409.19606), lanes M_n before + beta_n norm(x), (..., L D): static and
+        one for all of a step's blocks, as measured for looped models in arXiv 2604.21106."""
+        if self.config.injection != "hyper":
+            return x
+        beta, mix, lanes = inject[1].to(x.dtype), inject[2:].to(x.dtype), before.unflatten(-1, (self.lanes, 1, -1))
+        # a product of a tiny matrix for every token, as a sum that fuses with the norm
+        mixed = (mix.t()[..., None] * lanes).sum(-3)
+        return (mixed + beta[:, None] * norm(x)[..., None, :]).flatten(-2)
+
+    def read(self, h):
+        """The state (..., D) that stands for `lanes` of them, (..., L D): their sum."""
+        return h if self.lanes == 1 else h.unflatten(-1, (self.lanes, -1)).sum(-2)
+
+    def halting_probability(self, h, before, step):
+        """p_n of states h (B, T, D), of those of the step before, and of n - 1 (B, T), the steps before, as (B, T)
+        float32; 0 or 1 but for ACT."""
         if self.config.halting == "fixed":
             return torch.zeros_like(h[..., 0], dtype=torch.float32)
         if self.config.halting == "exit":
-            return (self.halting_value(h) < self.config.tolerance).float()
+            return (self.halting_value(h, step) < self.config.tolerance).float()
         if self.config.halting == "stability":
             change = (norm(h.float()) - norm(before.float())).square().mean(-1).sqrt()
             return (change < self.config.tolerance).float()
-        return torch.sigmoid(self.halting_value(h))
+        return torch.sigmoid(self.halting_value(h, step))
 
-    def halting_value(self, h):
-        """What the halting head makes of states h (B, T, D), as (B, T) float32."""
-        return (norm(h.float()) * self.halting.weight).sum(-1) + self.halting.bias  # this sum fuses with the norm
+    def halting_value(self, h, step):
+        """What the halting head makes of states h, (B, T, D) or lanes, as (B, T) float32. step: how many steps were
+        before them, a number or (B, T)."""
+        bias = self.halting.bias[step] if self.config.halting == "exit" else self.halting.bias
+        return (norm(self.read(h).float()) * self.halting.weight).sum(-1) + bias  # this sum fuses with the norm
 
     def loss(self, out, targets, weights):
         """The sum of weights * nll, or what the function `weights` makes of nll; and nll (B, T) float32 in nats, which

@@ -227,8 +227,10 @@ class Trainer:
             self._use_fp8()
         if cfg.init:
             before = checkpoint.load_model(cfg.init)[0]
-            same = before.config.halting == cfg.model.halting  # else one of them may have a halting head
-            self.model.load_state_dict(before.state_dict(), strict=same)
+            weights, same = before.state_dict(), before.config.halting == cfg.model.halting
+            if not same:  # a head for ACT is none for exit, and one of them may have no head
+                weights = {name: x for name, x in weights.items() if not name.startswith("halting.")}
+            self.model.load_state_dict(weights, strict=same)
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         self.ponder = PonderWeight(self.t.ponder_weight, self.t.target_depth, self.t.ponder_rate)
 
@@ -400,6 +402,7 @@ class Trainer:
         path = found[-1]
         meta = checkpoint.read_meta(path)
         old, new = meta["config"], json.loads(config.to_json(self.cfg))
+        old["model"] = dataclasses.asdict(ModelConfig()) | old["model"]  # of before a knob: with its default
         if changed := list(config.differences(old["model"], new["model"], "model.")):
             raise checkpoint.CheckpointError(
                 f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"

@@ -186,6 +186,8 @@ def test_weights_of_another_architecture_are_refused(run_folder, tiny_model):
         checkpoint.load_weights(tiny_model(prelude=1), path)
     with pytest.raises(CheckpointError, match=r"'halting.bias' is \(1,\) there and absent here"):
         checkpoint.load_weights(tiny_model(halting="fixed"), path)
+    with pytest.raises(CheckpointError, match=r"\(1,\) there and \(4,\) here; it is an exit head .* train it anew"):
+        checkpoint.load_weights(tiny_model(halting="exit"), path)
 
 
 def test_a_model_of_other_code_is_refused(tmp_path, write_run):

@@ -47,6 +47,8 @@ def tiny(tiny_model):
     def build(**changes):
         model = tiny_model(vocab_size=300, document_start=0, **changes)
         model.padding[0] = 2.0  # added to the logit of <|endoftext|>, so that some texts end early
+        if changes.get("halting") == "exit":
+            model.halting.bias.data.normal_()  # so that rows must know which step they are at
         return model
 
     return build
@@ -59,6 +61,7 @@ def tiny(tiny_model):
     + [] if INTERPRETED else
     [({}, None), (dict(halting="fixed", memory="last_step"), 3), ({}, 2), (dict(halting="fixed"), None),
      (dict(halting="stability", tolerance=1.3), None), (dict(memory="last_step", step_gains=False), None),
+     (dict(halting="exit", tolerance=0.5), None), (dict(sandwich=True), None),
      (dict(injection="none"), None), (dict(cross_documents=True), None)],
 )  # fmt: skip
 def test_rows_are_their_texts_one_by_one(tiny, changes, depth, rows, prompts):
@@ -174,7 +177,7 @@ def test_rows_of_float8_weights_keep_three_bits(tiny):
 @plain
 @pytest.mark.parametrize(
     "changes, options, message",
-    [(dict(prelude=1), {}, "without prelude and coda"), (dict(injection="concat_linear"), {}, "not built in"),
+    [(dict(prelude=1), {}, "without prelude and coda"), (dict(injection="hyper"), {}, "not built in"),
      ({}, dict(depth=5), "depth must lie in 1..4, not 5")],
 )  # fmt: skip
 def test_what_it_cannot_run_is_refused(tiny, changes, options, message):

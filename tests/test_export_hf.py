@@ -272,6 +272,7 @@ def test_bfloat16(run_folder, model, load, batch, tmp_path):
         dict(memory="last_step"),
         dict(share=False, injection="concat_linear", step_gains=False),
         dict(halting="fixed", injection="none"),
+        dict(sandwich=True, injection="hyper"),
     ],
 )
 def test_other_architectures(changes, write_run, load, tokenizer, tmp_path):

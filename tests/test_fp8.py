@@ -68,9 +68,10 @@ def test_each_gemm_can_be_in_fp8_or_not(gemms):
     assert torch.equal(rounded["embedding.weight"], exact["embedding.weight"]) is not any(gemms[:3])
 
 
-def test_e4m3_rounds_gradients_less():
+@pytest.mark.parametrize("changes", [{}, {"sandwich": True}], ids=["", "sandwich"])
+def test_e4m3_rounds_gradients_less(changes):
     runs = (None, fp8.FP8._replace(gradients=kernels.E5M2), fp8.FP8)
-    exact, e5m2, e4m3 = (torch.cat([g.flatten() for g in gradients(gemms)[1].values()]) for gemms in runs)
+    exact, e5m2, e4m3 = (torch.cat([g.flatten() for g in gradients(gemms, **changes)[1].values()]) for gemms in runs)
     assert distance(e4m3, exact) < distance(e5m2, exact) < 0.12
 
 
@@ -91,15 +92,22 @@ def test_packed_tokens_are_rounded_as_closely():
 
 @pytest.mark.parametrize("gemms", [None, fp8.FP8], ids=["float32", "fp8"])
 @pytest.mark.parametrize("recompute", ["mlp", "step"])
-@pytest.mark.parametrize("changes", [{"halting": "fixed"}, {"halting": "act"}, PACKED], ids=["fixed", "act", "packed"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"halting": "fixed"}, {"halting": "act"}, PACKED, PACKED | {"sandwich": True}],
+    ids=["fixed", "act", "packed", "packed, sandwich"],
+)
 def test_recomputing_changes_nothing(gemms, recompute, changes):
     loss, kept = gradients(gemms, **changes)
     again, recomputed = gradients(gemms, recompute=recompute, **changes)
     assert loss == again and all(torch.equal(kept[name], g) for name, g in recomputed.items())
 
 
-@pytest.mark.parametrize("recompute", ["none", "mlp", "step"])
-@pytest.mark.parametrize("changes", [{"halting": "act"}, PACKED], ids=["act", "packed"])
+@pytest.mark.parametrize(
+    "recompute, changes",
+    [("none", {"halting": "act"}), ("mlp", {"halting": "act"}), ("step", {"halting": "act"}), ("mlp", PACKED),
+     ("step", PACKED), ("none", PACKED | {"sandwich": True, "injection": "hyper"})],
+)  # fmt: skip
 def test_a_compiled_step_is_one_graph_and_the_same(monkeypatch, recompute, changes):
     """Traced as for a GPU, run by PyTorch: no graph breaks, the same loss and gradients. With packing it is two."""
     compiled, original, packed = [], torch.compile, "capacities" in changes

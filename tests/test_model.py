@@ -53,9 +53,14 @@ VARIANTS = {
     "stacked act": {"share": False, "max_depth": 3},
     "concat": {"injection": "concat_linear"},
     "plain": {"injection": "none", "step_gains": False},
+    "hyper": {"injection": "hyper", "lanes": 3},
+    "hyper, fixed": {"injection": "hyper", "halting": "fixed", "recur": 2, "max_depth": 3},
+    "hyper, exit": {"injection": "hyper", "halting": "exit", "tolerance": 1.2, "sandwich": True},
     "across documents": {"cross_documents": True},
     "stability": {"halting": "stability", "tolerance": 0.6},
     "exit": {"halting": "exit", "tolerance": 1.2},
+    "sandwich": {"sandwich": True},
+    "sandwich, prelude and coda": {"sandwich": True, "prelude": 1, "coda": 1, "max_depth": 3, "step_gains": False},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -166,6 +171,22 @@ def test_positions_are_exact_after_a_billion_tokens():
     torch.testing.assert_close(model(tokens, memory=memory).logits, near.logits, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_hyper_connections_lane_by_lane():
+    """Of a document's first token, whose attention finds its own value."""
+    model, tokens = build(injection="hyper", lanes=3, halting="fixed"), text()[:, :1]
+    block, e = model.recur[0], norm(model.embedding(tokens))
+    lanes = [e] * 3
+    for (alpha, beta, *mix), gains in zip(model.inject, model.gains[:, 0]):
+        u = sum(alpha[i] * lanes[i] for i in range(3))
+        u = u + gains[1] * block.output(block.value(norm(u) * gains[0]))
+        y = norm(u) * gains[2]
+        u = u + gains[3] * block.down(F.silu(block.gate(y)) * block.up(y))
+        lanes = [sum(mix[i][j] * lanes[j] for j in range(3)) + beta[i] * norm(u) for i in range(3)]
+    logits = F.linear(norm(sum(lanes)), model.embedding.weight)[..., :V]
+    torch.testing.assert_close(model(tokens).logits[..., :V], logits, atol=1e-5, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ halting
 
 
@@ -263,7 +284,8 @@ def test_the_exit_head_learns_what_going_on_wins():
         gains = torch.stack([out.nll - forced[-1].nll for out in forced[:-1]])
         torch.nn.init.zeros_(model.halting.weight)
     out = model(tokens, targets)
-    assert out.loss.item() == pytest.approx((model.halting.bias.detach() - gains).square().mean().item(), rel=1e-4)
+    expected = model.halting.bias.detach()[:-1, None, None]  # of every step its own
+    assert out.loss.item() == pytest.approx((expected - gains).square().mean().item(), rel=1e-4)
     assert torch.equal(out.nll, forced[-1].nll) and (out.depth == N).all()
     out.loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -274,12 +296,22 @@ def test_the_exit_head_learns_what_going_on_wins():
         loss = model(tokens, targets).loss
         loss.backward()
         optimizer.step()
-    assert loss < 0.9 * (gains - gains.mean()).square().mean()  # more than a constant knows
+    assert loss < 0.9 * (gains - gains.mean((1, 2), keepdim=True)).square().mean()  # more than a constant each knows
     with torch.no_grad():
-        value = torch.stack([model.halting_value(h) for h in states_of(model, tokens)])
+        value = torch.stack([model.halting_value(h, n) for n, h in enumerate(states_of(model, tokens))])
         model.config = replace(model.config, tolerance=value[0].median().item())
         taken = model(tokens).depth
         assert torch.equal(taken == 1, value[0] < model.config.tolerance)
+
+
+@torch.no_grad()
+def test_the_exit_head_knows_its_step():
+    model, tokens = build(halting="exit"), text()
+    torch.nn.init.zeros_(model.halting.weight)
+    for k in range(1, 6):
+        model.halting.bias.copy_(torch.where(torch.arange(1, 6) == k, 0.0, 1.0))
+        for model.packing in (0, 8):
+            assert (model(tokens).depth == k).all()
 
 
 def states_of(model, tokens):
@@ -527,12 +559,16 @@ def test_logits_of_the_tokens_to_keep_are_those_of_all():
         assert torch.equal(out.depth, whole.depth)
 
 
-@torch.no_grad()
-def test_an_untrained_model_is_close_to_uniform():
-    model = RecurrentTransformer(ModelConfig(width=64, heads=2, hidden=64))
+@pytest.mark.parametrize("changes", [{}, {"sandwich": True, "step_gains": False, "prelude": 1}, {"injection": "hyper"}])
+def test_an_untrained_model_is_close_to_uniform(changes):
+    """And the norm of its gradients is about 1, where it is clipped; through a norm of zeros it were hundreds."""
+    torch.manual_seed(0)
+    model = RecurrentTransformer(ModelConfig(width=64, heads=2, hidden=64, **changes))
     tokens = torch.randint(0, 50000, (2, 64), generator=torch.Generator().manual_seed(0))
-    nll = model(tokens[:, :-1], tokens[:, 1:]).nll.mean()
-    assert abs(nll - math.log(model.config.vocab_size)) < 0.3
+    out = model(tokens[:, :-1], tokens[:, 1:])
+    assert abs(out.nll.mean() - math.log(model.config.vocab_size)) < 0.3
+    out.loss.backward()
+    assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) == pytest.approx(1.1, abs=0.2)
 
 
 def shapes_only(name):

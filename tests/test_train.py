@@ -1,5 +1,6 @@
 """Training: exact resume whatever kills the run, several processes, bad steps, refusals."""
 
+import dataclasses
 import json
 import os
 import random
@@ -160,6 +161,21 @@ def test_a_kill_between_saving_and_evaluating_loses_no_evaluation(workplace, ref
     monkeypatch.setattr(train.Trainer, "report", report)
     assert run(monkeypatch) == 0
     assert_same_run(workplace / "run", reference / "run")
+
+
+def test_a_run_from_before_a_knob_goes_on(reference, tmp_path, monkeypatch):
+    """Its configuration lacks the knob, which then has its default."""
+    monkeypatch.chdir(shutil.copytree(reference, tmp_path / "copy"))
+    read_meta = checkpoint.read_meta
+
+    def before(path):
+        meta = read_meta(path)
+        del meta["config"]["model"]["sandwich"]
+        return meta
+
+    monkeypatch.setattr(checkpoint, "read_meta", before)
+    assert run(monkeypatch) == 0
+    assert run(monkeypatch, "--model.sandwich=true") == 2
 
 
 def test_a_finished_run_stays_as_it_is(reference, tmp_path, monkeypatch):
@@ -405,14 +421,27 @@ def test_an_exit_head_is_trained_on_a_frozen_model(workplace, monkeypatch, capsy
     assert "is of another architecture" in capsys.readouterr().err
 
 
-def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
-    model = RecurrentTransformer(config.load(ROOT / "configs/demo.toml", train.Config).model)
+def test_a_head_for_act_is_none_for_exit(workplace, write_run):
+    before = checkpoint.load_model(write_run(workplace / "base"))[0].state_dict()
+    text = CONFIG.split("[model]")[0] + 'init = "./base"\n[model]\nhalting = "exit"\n'
+    text += "[data]" + CONFIG.split("[data]")[1].replace("target_depth = 2.0", "")
+    (workplace / "tiny.toml").write_text(text)
+    after = train.Trainer(config.load("tiny.toml", train.Config).with_model()).model.state_dict()
+    assert before["halting.weight"].any() and not after["halting.weight"].any()
+    assert all(torch.equal(before[name], x) for name, x in after.items() if not name.startswith("halting."))
+
+
+@pytest.mark.parametrize("sandwich", [False, True])
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(sandwich):
+    of_demo = config.load(ROOT / "configs/demo.toml", train.Config).model
+    model = RecurrentTransformer(dataclasses.replace(of_demo, sandwich=sandwich))
     optimizers = train.build_optimizers(model, train.OptimConfig())
     names = {p: name for name, p in model.named_parameters()}
     held = {key: {names[p] for group in o.param_groups for p in group["params"]} for key, o in optimizers.items()}
     layers = ("query", "key", "value", "output", "gate", "up", "down")
     assert held["muon"] == {f"recur.0.{layer}.weight" for layer in layers}
-    assert held["adamw"] == {"embedding.weight", "gains", "inject", "halting.weight", "halting.bias"}
+    others = {"embedding.weight", "gains", "inject", "halting.weight", "halting.bias"}
+    assert held["adamw"] == others | ({"recur.0.output_gain", "recur.0.down_gain"} if sandwich else set())
 
 
 # ------------------------------------------------------------------------------------------------ refusals
