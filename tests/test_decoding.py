@@ -324,7 +324,7 @@ def passes(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("memory_length", [2, 7, 64])  # shorter than a draft, rolling over, and never full
+@pytest.mark.parametrize("memory_length", [2, 64])  # shorter than a draft and rolling over, and never full
 @pytest.mark.parametrize(
     "changes, depth",
     [
@@ -389,10 +389,14 @@ class Branches:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.5}, {"top_k": 2, "temperature": 2.0}, {"top_p": 0.8}, {"repetition_penalty": 1.5}],
+    "draft, options",
+    [
+        ((2, 2), {}),
+        ((1, 2), {"top_k": 2, "temperature": 2.0}),
+        ((1, 2), {"temperature": 0.5, "top_p": 0.9}),
+        ((1, 1), {"repetition_penalty": 1.5}),
+    ],
 )
-@pytest.mark.parametrize("draft", [(1, 2), (2, 1)])
 def test_drafts_do_not_change_the_distribution(tiny_model, monkeypatch, draft, options):
     """Proved by running through all that can be drawn, drafts and verdicts, of three ids and texts of up to 3."""
     model, branches = tiny_model(vocab_size=3, document_start=0), Branches()
@@ -418,7 +422,7 @@ def test_drafts_left_early_are_history_as_far_as_they_were_taken(endless, n):
     assert ids(session.stream(5, temperature=0)) == ids(generate(endless, [*text, 8], 5, temperature=0))
 
 
-@pytest.mark.parametrize("call", range(8))
+@pytest.mark.parametrize("call", range(0, 8, 2))
 def test_ctrl_c_within_a_draft_loses_nothing(endless, monkeypatch, call):
     """At the n-th use of the block or the n-th write into memory: of a draft, or of the verifying pass."""
     for where in ((endless.recur[0], "finish"), (torch, "_foreach_copy_")):
