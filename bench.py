@@ -406,6 +406,7 @@ def main(argv=None):
     add_cpu("--context", type=whole, default=256, help="tokens of the prompt")
     add_cpu("--tokens", type=whole, default=8, help="new tokens in a turn")
     add_cpu("--depth", type=float, default=5.0, help="mean depth where it is adaptive")
+    add_cpu("--draft", help="KxT: also with T tokens drafted at K steps and verified in one pass")
     add_cpu("--threads", type=whole, default=2, help="of PyTorch")
     args, overrides = parser.parse_known_args(argv)
     try:

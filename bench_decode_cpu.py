@@ -2,6 +2,7 @@
 
     python bench.py decode_cpu                                     the 110M model, all 8 steps and 5 on average
     python bench.py decode_cpu --depth 3 --context 64
+    python bench.py decode_cpu --draft 1x3 --tokens 13             also with 3 tokens drafted at 1 step (decoding.py)
 
     gpt2                   GPT-2 under `generate` of transformers: float32, with N layers so wide that a token costs
                            the FLOPs of N steps of ours, head included: N times the weights of our block
@@ -10,7 +11,8 @@
     float32, bfloat16      decoding.py at these activations; float16, int8: float32 with these weights (`--weights`)
 
 All continue one prompt of random tokens at temperature 1, by models with random weights: by random tokens, therefore;
-greedily they would repeat themselves, at one depth. The end of a text is never drawn.
+greedily they would repeat themselves, at one depth. The end of a text is never drawn. `accepted`: the share of the
+drafts that passed; random weights say all but the same at every depth: no forecast for a trained model.
 Times are of a token after the first, so that none has the prompt in it. Peers take turns, and every turn of a peer does
 the same: the time is that of its fastest turn, as other work on the machine can only add, and what it adds is not
 fair: threads wait for each other thirty times a token, and that weighs most where a token is short. `median` shows it.
@@ -30,7 +32,7 @@ import packed
 from bench_common import aim, align, finish, load, note
 from bench_decode import bandwidth
 from config import ConfigError
-from decoding import generate
+from decoding import Session, parse_draft
 from model import RecurrentTransformer
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -88,14 +90,15 @@ def under_transformers(model, prompt, tokens, **options):
     return (stamps.times[-1] - stamps.times[0]) / (len(stamps.times) - 1), None
 
 
-def ours(model, prompt, tokens, depth):
-    """Seconds of a token and mean depth."""
-    times, depths, length = [], [], len(prompt) + tokens
+def ours(model, prompt, tokens, depth, draft=None):
+    """Seconds of a token, mean depth, and the share of drafts that were accepted."""
+    times, depths, session = [], [], Session(model, len(prompt) + tokens, depth=depth, draft=draft)
+    session.feed(prompt)
     generator = torch.Generator().manual_seed(0)  # the same tokens, and depths, in every turn
-    for _, taken in generate(model, prompt, tokens, generator=generator, memory_length=length, depth=depth):
+    for _, taken in session.stream(tokens, generator=generator):
         times.append(time.perf_counter())
         depths.append(taken)
-    return (times[-1] - times[0]) / (len(times) - 1), mean(depths[1:])
+    return (times[-1] - times[0]) / (len(times) - 1), mean(depths[1:]), session.accepted / max(session.verified, 1)
 
 
 @torch.no_grad()
@@ -113,7 +116,7 @@ def weight_bytes(model, depth, size):
     return size * (uses * (4 * c.width**2 + 3 * c.width * c.hidden) + c.padded_vocab_size * c.width)
 
 
-def make_peers(c, args, prompt):
+def make_peers(c, args, prompt, draft):
     """{name: a function that returns the seconds and the depth of a token}, and for ours what weights they read."""
     N, length = c.max_depth, len(prompt) + args.tokens
     torch.manual_seed(1)
@@ -138,6 +141,8 @@ def make_peers(c, args, prompt):
             name = f"{form}, {f'about {depth:g}' if depth else f'all {N}'} steps"
             peers[name] = partial(ours, twin, prompt, args.tokens, None if depth else N)
             formats[name] = form
+            if draft and not depth:
+                peers[f"{name}, drafts of {args.draft}"] = partial(ours, twin, prompt, args.tokens, N, draft)
     peers["uncached, float32"] = partial(uncached, model, prompt, N)
     try:
         rival = gpt2(c, length)
@@ -155,11 +160,15 @@ def run_decode_cpu(args, overrides):
     c = cfg.model
     if c.halting != "act" or not 1 < args.depth < c.max_depth or args.tokens < 3:
         raise ConfigError(f"--depth must lie between 1 and {c.max_depth}, of a model with halting = act; tokens: 3 up")
+    try:
+        draft = args.draft and parse_draft(args.draft, c)
+    except ValueError as error:
+        raise ConfigError(f"--draft {args.draft}: {error}") from None
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randint(1, c.vocab_size - 1, (args.context,), generator=generator).tolist()
     prompt = [token + (token >= c.document_start) for token in prompt]
-    model, peers, formats = make_peers(c, args, prompt)
+    model, peers, formats = make_peers(c, args, prompt, draft)
     found, errors, copies = {name: [] for name in peers}, {}, []
     for i in range(args.rounds + 1):  # the first is the warm-up, when weights are packed
         note(f"round {i} of {args.rounds}")
@@ -177,10 +186,12 @@ def run_decode_cpu(args, overrides):
         if name in errors:
             rows[name] = {"error": errors[name]}
             continue
-        seconds, depths = zip(*samples[1:])
+        seconds, depths, *accepted = zip(*samples[1:])
         row = rows[name] = {"ms": 1e3 * min(seconds), "median_ms": 1e3 * median(seconds)}
         row["depth"] = depths[0] and mean(depths)
         row["rounds_ms"] = [1e3 * s for s in seconds]
+        if "drafts" in name:
+            row["accepted"] = mean(accepted[0])
         if name in formats:
             row["bytes"] = weight_bytes(model, row["depth"], BYTES[formats[name]])
             row["of_copy"] = row["bytes"] / min(seconds) / 1e9 / copied
@@ -196,7 +207,7 @@ def run_decode_cpu(args, overrides):
 
 
 def render(rows, copied, args):
-    lines = [["a token", "ms", "median", "depth", "MB read", "of copy", "versus GPT-2", "of medians"]]
+    lines = [["a token", "ms", "median", "depth", "MB read", "of copy", "versus GPT-2", "of medians", "accepted"]]
     for name, row in rows.items():
         if "error" in row:
             lines.append([name, row["error"][:60]])
@@ -205,6 +216,7 @@ def render(rows, copied, args):
         cells = [f"{row['ms']:.1f}", f"{row['median_ms']:.1f}", optional("depth", ".2f")]
         cells += [f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else "", optional("of_copy", ".0%")]
         cells += [optional("versus_gpt2", ".2f"), optional("median_versus_gpt2", ".2f")]
+        cells += [optional("accepted", ".0%")]
         lines.append([name, *cells])
     title = f"{args.context} tokens before, {args.threads} threads; a copy of 64 MiB: {copied:.1f} GB/s\n\n"
     return title + align(lines)

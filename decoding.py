@@ -9,11 +9,13 @@ A text ends where the model predicts <|endoftext|>, which is never part of it.
 Shapes: B texts, V ids in use.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
-from model import LAST
+from model import ALL, LAST
 
 ENGINE_ROWS = 64  # of texts that decode at once on a GPU
 
@@ -30,7 +32,10 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None)
 
 def truncate(logits, temperature=1.0, top_k=None, top_p=1.0):
     """Probabilities (..., V) float64 of logits (..., V) / temperature: of the `top_k` most likely tokens, and of these
-    the smallest set that holds the share `top_p` of their probability (Holtzman et al. 2020, arXiv 1904.09751)."""
+    the smallest set that holds the share `top_p` of their probability (Holtzman et al. 2020, arXiv 1904.09751).
+    Temperature 0 leaves the most likely token alone."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     logits = logits.double()  # float32 sums of 50 000 terms decide wrongly near top_p
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_k is None and top_p == 1:
@@ -56,18 +61,45 @@ class Sampler:
 
     def __init__(self, config, tokens, temperature, top_k, top_p, repetition_penalty, generator):
         self.config, self.penalty = config, repetition_penalty
-        self.options = temperature, top_k, top_p, generator
+        self.options, self.generator = (temperature, top_k, top_p), generator
         self.seen = torch.zeros(len(tokens), config.vocab_size, dtype=torch.bool).scatter_(1, tokens, True)
 
     def draw(self, logits):
         """The tokens (B,) int64, on the host, for logits (B, padded V)."""
+        return self._saw(sample_token(self._penalized(logits), *self.options, self.generator))
+
+    def draft(self, logits):
+        """`draw`, and the probabilities (B, V) that the tokens were drawn from."""
+        q = truncate(self._penalized(logits), *self.options)
+        return self._saw(torch.multinomial(q, 1, generator=self.generator)[:, 0]), q
+
+    def verify(self, logits, drafted, q):
+        """`draw`, of one text, given what `draft` made of other logits: that token again with probability
+        min(1, p / q), else one from the positive part of p - q. Such tokens are distributed as p, from which `draw`
+        draws (speculative sampling, Leviathan et al. 2023, arXiv 2211.17192, appendix A.1)."""
+        p = truncate(self._penalized(logits), *self.options)
+        drafted = drafted.to(p.device)
+        if torch.bernoulli((p / q)[0, drafted].clamp(max=1), generator=self.generator):
+            return self._saw(drafted)
+        return self._saw(torch.multinomial((p - q).clamp(min=0), 1, generator=self.generator)[:, 0])
+
+    def fork(self):
+        """A sampler that goes on from here by itself."""
+        other = copy.copy(self)
+        other.seen = self.seen.clone()
+        return other
+
+    def _penalized(self, logits):
         logits = logits[:, : self.config.vocab_size]
         if self.penalty == 1:
-            return sample_token(logits, *self.options).cpu()
+            return logits
         self.seen = self.seen.to(logits.device)
         self.seen[:, self.config.document_start] = False
-        drawn = sample_token(penalize(logits, self.seen, self.penalty), *self.options)
-        self.seen.scatter_(1, drawn[:, None], True)
+        return penalize(logits, self.seen, self.penalty)
+
+    def _saw(self, drawn):
+        if self.penalty != 1:
+            self.seen.scatter_(1, drawn[:, None], True)
         return drawn.cpu()
 
 
@@ -78,11 +110,16 @@ class Session:
     """A text that is fed and continued in turns. What the model has read stays in its memory and is not read again.
 
     memory_length: tokens of memory. segment: at most so many are read at once. depth: None for the model's own rule, or
-    the steps that every token takes; it may be changed between two tokens. text: the ids so far, fed and drawn.
+    the steps that every token takes; it may be changed between two tokens. draft: None, or (K, tokens): guess so many
+    tokens at K steps each and verify them at `depth` in one pass, see `_speculate`. text: the ids so far, fed and
+    drawn. verified, accepted: the numbers of drafts so far. Raises ValueError for a draft that the model cannot make.
     """
 
-    def __init__(self, model, memory_length=512, segment=512, depth=None):
+    def __init__(self, model, memory_length=512, segment=512, depth=None, draft=None):
         self.model, self.memory_length, self.segment, self.depth = model, memory_length, segment, depth
+        self.draft, self.verified, self.accepted = draft, 0, 0
+        if draft:
+            check_draft(model.config, *draft)
         self.memory = model.new_memory(1, memory_length)
         self.text, self.unread = [], []
         self.engine = None  # and what it was made for
@@ -102,16 +139,57 @@ class Session:
         """
         config, text = self.model.config, torch.tensor([self.text])
         sampler = Sampler(config, text, temperature, top_k, top_p, repetition_penalty, generator)
-        if engine := self._engine(max_tokens, temperature, top_k, top_p, repetition_penalty):
+        engine = None if self.draft else self._engine(max_tokens, temperature, top_k, top_p, repetition_penalty)
+        if engine:
             yield from self._by(engine, sampler, max_tokens, generator)
             return
-        for _ in range(max_tokens):
-            out = self._read()
-            token = int(sampler.draw(out.logits[:, -1]))
-            if token == config.document_start:
+        left = max_tokens
+        while left > 0:
+            speculates = self.draft and len(self.unread) == 1 and self.unread != [config.document_start]
+            for token, depth in self._speculate(sampler, left) if speculates else self._next(sampler):
+                if token == config.document_start:
+                    return
+                self.feed([token])
+                left -= 1
+                yield token, depth
+
+    def _next(self, sampler):
+        """The next token and its depth, as the only item."""
+        out = self._read()
+        yield int(sampler.draw(out.logits[:, -1])), int(out.depth[0, -1])
+
+    def _speculate(self, sampler, most):
+        """The next tokens, 1 to `most`, and their depths, after the one that is unread.
+
+        Tokens are drafted at few steps, and one pass at `depth` reads them all: a few tokens take little longer than
+        one where that is the time of reading the weights. Those that `Sampler.verify` lets pass, and one more, are
+        distributed as if each had been drawn by itself (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192;
+        by fewer steps of the same model, Zhang et al. 2023, arXiv 2309.08168). All passes read the same memory, which
+        a segment enters only when the next one is read: so nothing has to be taken back.
+        """
+        self._settle()
+        memory, text, drafts, drafter = self.memory, self.unread, [], sampler.fork()
+        steps, tokens = self.draft
+
+        def read(depth, keep=ALL):
+            part = torch.tensor([text])
+            spans = self.model.spans(part, memory, one_by_one=True)
+            return self.model(part, memory=memory, depth=depth, spans=spans, keep=keep)
+
+        while len(drafts) < min(tokens, most - 1) and text[-1] != self.model.config.document_start:
+            drafts.append(drafter.draft(read(steps, LAST).logits[:, -1]))
+            text = [*text, int(drafts[-1][0])]
+        out = read(self.depth)
+        for n in range(len(text)):
+            logits = out.logits[:, n]
+            token = int(sampler.verify(logits, *drafts[n]) if n < len(drafts) else sampler.draw(logits))
+            accepted = [token] == text[n + 1 : n + 2]
+            self.verified += n < len(drafts)
+            self.accepted += accepted
+            self.memory, self.unread = memory.after_first(n + 1, out.memory), []
+            yield token, int(out.depth[0, n])
+            if not accepted:
                 return
-            self.feed([token])
-            yield token, int(out.depth[0, -1])
 
     def _engine(self, max_tokens, temperature, top_k, top_p, repetition_penalty):
         """The `engine.Engine` for this text, or None where its kernels are not made for it."""
@@ -143,27 +221,50 @@ class Session:
     def _read(self):
         """The model's `Output` for the last segment of what is unread."""
         while self.unread:
-            try:
-                self.memory.settle()  # the one thing of a forward pass that changes what is already there
-            except BaseException:  # Ctrl-C half-way through: what was written cannot be known
-                self.memory, self.unread = self.model.new_memory(1, self.memory_length), list(self.text)
-                raise
+            self._settle()
             part, rest = self.unread[: self.segment], self.unread[self.segment :]
             out = self.model(torch.tensor([part]), memory=self.memory, depth=self.depth, keep=LAST)
             self.memory, self.unread = out.memory, rest
         return out
 
+    def _settle(self):
+        """Do the one thing of a forward pass that changes what is already there."""
+        try:
+            self.memory.settle()
+        except BaseException:  # Ctrl-C half-way through: what was written cannot be known
+            self.memory, self.unread = self.model.new_memory(1, self.memory_length), list(self.text)
+            raise
+
+
+def parse_draft(text, config):
+    """The (steps, tokens) of a draft written as "2x3". Raises ValueError for one that this model cannot make."""
+    steps, _, tokens = text.partition("x")
+    if not (steps.isdecimal() and tokens.isdecimal()):
+        raise ValueError("write steps and tokens as two whole numbers, 2x3")
+    check_draft(config, int(steps), int(tokens))
+    return int(steps), int(tokens)
+
+
+def check_draft(config, steps, tokens):
+    """Raises ValueError where a model of this config cannot draft `tokens` tokens at `steps` steps each."""
+    if not 1 <= steps <= config.max_depth or tokens < 1:
+        raise ValueError(f"steps must lie in 1..{config.max_depth} and tokens be at least 1")
+    if config.memory == "last_step":
+        raise ValueError("a model with 'memory = last_step' does not read several tokens at once as it does one by one")
+
 
 def generate(
     model, tokens, max_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None, memory_length=512, segment=512,
-    depth=None, repetition_penalty=1.0,
+    depth=None, repetition_penalty=1.0, draft=None,
 ):  # fmt: skip
     """Continue `tokens`, a list of at least one id; yields (token, depth) until <|endoftext|> or `max_tokens`.
 
     The prompt is read in segments, then one token at a time; `memory_length` tokens of memory roll along, so that the
-    text may grow for ever. The rest is as in `Session`. Raises ValueError for a depth outside 1..N.
+    text may grow for ever. The rest is as in `Session`. Raises ValueError for a depth outside 1..N, or a
+    draft that the model cannot make.
     """
-    session = Session(model, min(memory_length, len(tokens) + max_tokens), segment, depth)  # more is never filled
+    length = min(memory_length, len(tokens) + max_tokens)  # more is never filled
+    session = Session(model, length, segment, depth, draft)
     session.feed(tokens)
     yield from session.stream(max_tokens, temperature, top_k, top_p, generator, repetition_penalty)
 

@@ -92,6 +92,11 @@ class Memory:
         pending = [(k.detach(), v.detach()) for k, v in written]
         return Memory(self.ring, live.clamp(max=self.length), self.position + written[0][0].shape[1], pending)
 
+    def after_first(self, n, later):
+        """The memory after only the first `n` tokens of the segment that is pending in `later`, the memory after this
+        one. None of them may open a document."""
+        return self.after([(k[:, :n], v[:, :n]) for k, v in later.pending], self.live + n)
+
     @torch.no_grad()
     def resized(self, length):
         """A copy that holds `length` tokens: the oldest are dropped, or there is room for more."""
@@ -105,12 +110,13 @@ class Memory:
 class Spans:
     """Which keys each query sees: of [memory, segment] the interval from the start of its document up to itself.
 
-    All of it is worked out on the host, so that the device never waits for it. kernel: for `attention.attention`, with
-    interval bounds; else as a mask for PyTorch's own attention. context: the mean number of visible keys. live: of the
-    next memory.
+    All of it is worked out on the host, so that the device never waits for it. one_by_one: a query sees the M tokens
+    before it, as if the segment was read token by token, and not all of the memory (without gradient). kernel: for
+    `attention.attention`, with interval bounds; else as a mask for PyTorch's own attention. context: the mean number of
+    visible keys. live: of the next memory.
     """
 
-    def __init__(self, tokens, memory, config, device, kernel):
+    def __init__(self, tokens, memory, config, device, kernel, one_by_one=False):
         B, T = tokens.shape
         M = memory.length if memory else 0
         live = memory.live if memory else torch.zeros(B, dtype=torch.int64)
@@ -119,6 +125,8 @@ class Spans:
         opens = (tokens == config.document_start) & (not config.cross_documents)
         start = torch.where(opens, index, -1).cummax(1).values  # of the query's document; -1: before this segment
         first = torch.where(start >= 0, M + start, M - live[:, None])  # (B, T), the first visible key of every query
+        if one_by_one:
+            first = torch.maximum(first, index)
         self.context = (M + index - first + 1).float().mean().item()
         self.live = torch.where(start[:, -1] >= 0, T - start[:, -1], live + T)
         self.mask = self.first = self.last = self.offset = self.columns = None

@@ -422,11 +422,11 @@ class RecurrentTransformer(nn.Module):
         errors = [(self.halting_value(h, n) - gain).square() for n, (h, gain) in enumerate(zip(states, gains))]
         return replace(out, loss=(weights * torch.stack(errors).mean(0)).sum())
 
-    def spans(self, tokens, memory=None):
-        """Which keys the tokens (B, T) will see. Host work that can be done while the device is busy."""
+    def spans(self, tokens, memory=None, one_by_one=False):
+        """Which keys the tokens (B, T) will see, see `Spans`. Host work that can be done while the device is busy."""
         device, d = self.embedding.weight.device, self.config.width // self.config.heads
         kernel = self.compute_dtype != torch.float32 and attention.available(device, d)
-        return Spans(tokens.cpu(), memory, self.config, device, kernel)
+        return Spans(tokens.cpu(), memory, self.config, device, kernel, one_by_one)
 
     def _prepare(self, training):
         """Bring the low-precision copies of the weights up to date. Returns for every use of a block which GEMMs are in

@@ -305,15 +305,18 @@ def test_attention_names_what_it_times(capsys, memory, documents):
 
 def test_decoding_on_a_cpu_beside_its_peers(capsys):
     pytest.importorskip("transformers")
-    arguments = ["--context=9", "--tokens=4", "--depth=2", f"--threads={torch.get_num_threads()}"]
+    arguments = ["--context=9", "--tokens=4", "--depth=2", "--draft=3x2", f"--threads={torch.get_num_threads()}"]
     status, out, _ = run(capsys, *TINY, *arguments, command="decode_cpu")
     result = json.loads(out.splitlines()[-1])
     forms = ["float32", "bfloat16", *(packed.FORMATS if packed.supported() else ())]
     ours = {f"{form}, {steps} steps" for form in forms for steps in ("all 3", "about 2")}
+    ours |= (drafts := {f"{form}, all 3 steps, drafts of 3x2" for form in forms})
     assert status == 0 and set(result["peers"]) == ours | {"uncached, float32", "gpt2", "ours in transformers"}
     for name, row in result["peers"].items():
         assert row["ms"] > 0 and len(row["rounds_ms"]) == 2 and row["versus_gpt2"] > 0
-        assert name not in ours or row["bytes"] > 0 and 1 <= row["depth"] <= 3
+        assert name not in ours - drafts or row["bytes"] > 0 and 1 <= row["depth"] <= 3
+        assert ("accepted" in row) == (name in drafts)
+    assert result["peers"]["float32, all 3 steps, drafts of 3x2"]["accepted"] == 1  # they are made by all steps
 
 
 def test_the_gpt2_peer_costs_the_flops_of_all_steps():

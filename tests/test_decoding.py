@@ -10,7 +10,7 @@ import torch
 import chat
 import data
 from decoding import Session, Stops, cut, generate, generate_batch, penalize, truncate
-from model import ModelConfig
+from model import ModelConfig, RecurrentTransformer
 
 PROMPTS = [[0], [0, *range(40, 60)], [0, 7, 7], [0, *range(100, 111)]]
 
@@ -307,6 +307,149 @@ def test_ctrl_c_while_memory_is_written_loses_nothing(endless, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             next(session.stream(1))
     assert ids(session.stream(5, temperature=0)) == ids(generate(endless, text, 5, temperature=0))
+
+
+# -------------------------------------------------------------------------------------------------- drafts
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The number of tokens of every forward pass, in order."""
+    read, forward = [], RecurrentTransformer.forward
+    monkeypatch.setattr(
+        RecurrentTransformer,
+        "forward",
+        lambda model, tokens, *args, **named: (read.append(tokens.shape[1]), forward(model, tokens, *args, **named))[1],
+    )
+    return read
+
+
+@pytest.mark.parametrize("memory_length", [2, 64])  # shorter than a draft and rolling over, and never full
+@pytest.mark.parametrize(
+    "changes, depth",
+    [
+        ({}, None),
+        ({}, 3),
+        ({"halting": "fixed"}, None),
+        ({"halting": "stability", "tolerance": 0.7}, None),
+        ({"halting": "fixed", "prelude": 1, "coda": 1, "share": False, "cross_documents": True}, None),
+    ],
+)
+def test_greedy_text_and_depths_are_those_without_drafts(tiny_model, passes, changes, depth, memory_length):
+    model = tiny_model(vocab_size=300, document_start=0, **changes)
+    model.padding[0] = 1.5
+    for prompt, penalty, draft in (([0, 5, 6], 1.0, (1, 3)), ([0], 1.3, (3, 2))):
+        options = dict(temperature=0, memory_length=memory_length, depth=depth, repetition_penalty=penalty)
+        plain = list(generate(model, prompt, 15, **options))
+        passes.clear()
+        assert list(generate(model, prompt, 15, draft=draft, **options)) == plain
+        assert len(plain) < 5 or passes.count(draft[1] + 1) > 1
+
+
+def test_drafts_by_the_same_steps_all_pass(endless, passes):
+    """One pass reads the prompt, then three drafts and a pass of four tokens make four tokens; the last is no draft."""
+    for temperature in (0, 1.0):
+        for memory_length in (5, 64):
+            passes.clear()
+            options = dict(temperature=temperature, memory_length=memory_length, depth=4, repetition_penalty=1.2)
+            options |= dict(top_k=50, top_p=0.9, generator=torch.Generator().manual_seed(0))
+            assert len(list(generate(endless, [0, 5, 6], 1 + 3 * 4 + 2, draft=(4, 3), **options))) == 15
+            assert passes == [3, *[1, 2, 3, 4] * 3, 1, 2]
+
+
+class Branches:
+    """Stands for torch.multinomial and torch.bernoulli: `texts` runs a function once for every outcome of all draws."""
+
+    def choose(self, weights):
+        if len(self.taken) == len(self.path):
+            self.path.append([i for i, weight in enumerate(weights) if weight > 0])
+        choice = self.path[len(self.taken)][0]
+        self.taken.append(choice)
+        self.probability *= weights[choice] / sum(weights)
+        return choice
+
+    def multinomial(self, weights, n, generator=None):
+        return torch.tensor([[self.choose(weights[0].tolist())]])
+
+    def bernoulli(self, p, generator=None):
+        return torch.tensor(self.choose([1 - p.item(), p.item()]))
+
+    def texts(self, run):
+        """{what it returns: the probability of that}"""
+        self.path, found = [], {}
+        while True:
+            self.taken, self.probability = [], 1.0
+            text = run()
+            found[text] = found.get(text, 0) + self.probability
+            while self.path and len(self.path[-1]) == 1:
+                self.path.pop()
+            if not self.path:
+                return found
+            del self.path[-1][0]
+
+
+@pytest.mark.parametrize(
+    "draft, options",
+    [
+        ((2, 2), {}),
+        ((1, 2), {"top_k": 2, "temperature": 2.0}),
+        ((1, 2), {"temperature": 0.5, "top_p": 0.9}),
+        ((1, 1), {"repetition_penalty": 1.5}),
+    ],
+)
+def test_drafts_do_not_change_the_distribution(tiny_model, monkeypatch, draft, options):
+    """Proved by running through all that can be drawn, drafts and verdicts, of three ids and texts of up to 3."""
+    model, branches = tiny_model(vocab_size=3, document_start=0), Branches()
+    monkeypatch.setattr(torch, "multinomial", branches.multinomial)
+    monkeypatch.setattr(torch, "bernoulli", branches.bernoulli)
+
+    def texts(**named):
+        return branches.texts(lambda: tuple(ids(generate(model, [0, 2], 3, **options, **named))))
+
+    plain = texts()
+    assert len(plain) > 4 and sum(plain.values()) == pytest.approx(1)
+    assert texts(draft=draft) == pytest.approx(plain, abs=1e-6)
+    assert any(abs(p - plain.get(text, 0)) > 0.003 for text, p in texts(depth=draft[0]).items())  # and drafts do differ
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_drafts_left_early_are_history_as_far_as_they_were_taken(endless, n):
+    session, text = Session(endless, 64, draft=(4, 3)), [0, 5, 6]
+    session.feed(text)
+    text = text + ids(itertools.islice(session.stream(9, temperature=0), n))
+    assert session.text == text and len(text) == 3 + n
+    session.feed([8])
+    assert ids(session.stream(5, temperature=0)) == ids(generate(endless, [*text, 8], 5, temperature=0))
+
+
+@pytest.mark.parametrize("call", range(0, 8, 2))
+def test_ctrl_c_within_a_draft_loses_nothing(endless, monkeypatch, call):
+    """At the n-th use of the block or the n-th write into memory: of a draft, or of the verifying pass."""
+    for where in ((endless.recur[0], "finish"), (torch, "_foreach_copy_")):
+        session, made = Session(endless, 64, draft=(2, 2)), []
+        session.feed([0, 5, 6])
+        made.append(next(session.stream(1, temperature=0))[0])
+        original, left = getattr(*where), iter(range(call))
+
+        def once(*args, original=original, left=left, **named):
+            return original(*args, **named) if next(left, None) is not None else interrupt()
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*where, once)
+            for token, _ in session.stream(99, temperature=0):
+                made.append(token)
+        assert session.text == [0, 5, 6, *made]
+        more = ids(session.stream(6, temperature=0))
+        assert more == ids(generate(endless, session.text[: 3 + len(made)], 6, temperature=0))
+
+
+def test_a_draft_that_the_model_cannot_make_is_refused(tiny_model):
+    model = tiny_model(vocab_size=300, document_start=0)
+    for draft in ((0, 2), (5, 2), (2, 0)):
+        with pytest.raises(ValueError, match=r"1\.\.4"):
+            Session(model, draft=draft)
+    with pytest.raises(ValueError, match="last_step"):
+        Session(tiny_model(memory="last_step"), draft=(1, 2))
 
 
 # -------------------------------------------------------------------------------------------------- stop strings

@@ -59,6 +59,43 @@ def test_resizing_copies_the_newest(length):
     assert memory.settle().ring.ordered()[0][0].flatten().tolist() == list(range(3, 11))  # untouched
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("M", [0, 3, 8])
+def test_a_memory_after_the_first_tokens_is_that_of_reading_no_more(M, n):
+    """Whatever else is pending: other drafts, or a document that opens behind them."""
+    found = []
+    for tokens in (5, n):
+        memory = Memory.empty(1, (1, M, 1, 1), torch.float32, "cpu")
+        memory = memory.after([(numbered(0, 6), -numbered(0, 6))], torch.tensor([2])).settle()
+        later = memory.after([(numbered(6, tokens), -numbered(6, tokens))], torch.tensor([2 + tokens]))
+        if tokens == 5:
+            later.live = torch.tensor([1])
+            later = memory.after_first(n, later)
+        (keys,), (values,) = later.settle().ring.ordered()
+        found.append((keys.flatten().tolist(), values.flatten().tolist(), later.live.tolist(), later.position))
+    assert found[0] == found[1] and found[0][2:] == ([min(2 + n, M)], 6 + n)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("M, live", [(0, 0), (3, 3), (8, 2), (8, 8)])
+def test_a_segment_can_be_read_as_if_one_by_one(M, live, kernel):
+    """Every query sees what it would see if it was read alone, with the M tokens before it as memory."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 20, 2, 8).unbind()
+    tokens = torch.tensor([[5, 6, 7, 0, 8, 9]])
+    memory = Memory.empty(1, (1, M, 2, 8), torch.float32, "cpu")
+    memory = memory.after([(k[:, :14], v[:, :14])], torch.tensor([live])).settle()
+    spans = Spans(tokens, memory, CONFIG, torch.device("cpu"), kernel, one_by_one=True)
+    if kernel:
+        found = attention.reference(q[:, 14:], k[:, 14:], v[:, 14:], memory.past(0), spans.first, spans.offset)
+    else:
+        found = spans.attend(q[:, 14:], k[:, 14:], v[:, 14:], memory.past(0))
+    for n, at in enumerate(range(14, 20)):
+        start = max(at - M, 14 - live, 17 if at >= 17 else 0)  # of its document, which opens at 17
+        alone = torch.softmax((q[0, at] * k[0, start : at + 1]).sum(-1) * 8**-0.5, 0)
+        torch.testing.assert_close(found[0, n], (alone[..., None] * v[0, start : at + 1]).sum(0))
+
+
 def documents(rows, length):
     tokens = torch.randint(1, 50, (rows, length))
     tokens[torch.rand(rows, length) < 0.15] = 0

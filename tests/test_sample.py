@@ -43,6 +43,8 @@ def chat_folder(tmp_path_factory, write_run):
 class Spoken:
     """A session that says a fixed sequence of tokens, at depths 1, 2, 1, 2, ..., and records what it was asked for."""
 
+    draft = None
+
     def __init__(self, tokens):
         self.tokens, self.options = tokens, None
 
@@ -114,7 +116,7 @@ def test_ctrl_c_ends_the_answer_only(capsys):
         yield encode("Hi")[0], 3
         raise KeyboardInterrupt
 
-    made = sample.answer(options(), None, 4, SimpleNamespace(stream=interrupted))
+    made = sample.answer(options(), None, 4, SimpleNamespace(stream=interrupted, draft=None))
     assert made.stop == "interrupted" and made.text == "Hi"
     out, err = capsys.readouterr()
     assert out == "Hi\n" and err.startswith("1 tokens") and "mean depth 3.00" in err
@@ -391,6 +393,17 @@ def test_the_checkpoint_is_found_and_named(run_folder, chat_folder, capsys, monk
     assert "no model 'dpo'" in capsys.readouterr().err
 
 
+def test_drafts_leave_the_greedy_text_as_it_is(run_folder, capsys):
+    found = []
+    for argv in ([], ["--draft", "4x3"]):
+        argv += ["--checkpoint", str(run_folder), "--temperature", "0", "--max_tokens", "9", "--weights", "full"]
+        assert sample.main(["Once", *argv, *ON_CPU]) == 0
+        found.append(capsys.readouterr())
+    assert found[0].out == found[1].out
+    counts = [re.search(r"mean depth [\d.]+, (\d+) of (\d+) drafts accepted so far\n", err) for _, err in found]
+    assert counts[0] is None and 1 <= int(counts[1][1]) <= int(counts[1][2]) <= 8
+
+
 @pytest.mark.parametrize(
     "argv, named",
     [
@@ -411,6 +424,10 @@ def test_the_checkpoint_is_found_and_named(run_folder, chat_folder, capsys, monk
         (["--memory", "-1"], "--memory -1"),
         (["--depth", "5"], "--depth 5 is outside 1..4"),
         (["--depth", "0"], "--depth 0 is outside 1..4"),
+        (["--draft", "5x2"], "--draft 5x2: steps must lie in 1..4"),
+        (["--draft", "2x0"], "--draft 2x0: "),
+        (["--draft", "2"], "--draft 2: write steps and tokens as two whole numbers, 2x3"),
+        (["--draft", ""], "--draft : write"),
         (["--tolerance", "0.1"], "--tolerance 0.1 is for models without a head for ACT"),
         (["--device", "abacus"], "the device 'abacus'"),
         (["--device", "cuda:99"], "the device 'cuda:99'"),
