@@ -284,27 +284,28 @@ class Engine:
         for _ in range(number // IN_GRAPH):
             self.graph.replay()
 
+    def try_tick(self):
+        """The states (R, D) after a tick, and which rows halted in it, (R,) bool; the state is put back."""
+        s, kept = self.state, [x.clone() for x in vars(self.state).values()]
+        self.tick()
+        found = s.h.clone(), s.halted.bool()
+        for x, old in zip(vars(s).values(), kept):
+            x.copy_(old)
+        return found
+
     @torch.no_grad()
     def check(self):
         """Go on without our kernels, and warn, where a tick by them fails or is not what its definition gives."""
-        self.checked, s, reason = True, self.state, None
-        kernels, kept = self.kernels, [x.clone() for x in vars(s).values()]
-
-        def after_a_tick():
-            self.tick()
-            found = s.h.clone(), s.halted.bool()
-            for x, old in zip(vars(s).values(), kept):
-                x.copy_(old)
-            return found
-
+        self.checked = True
         if not self.fused:
             return
+        kernels, reason = self.kernels, None
         try:
-            h, halted = after_a_tick()
+            h, halted = self.try_tick()
         except Exception as error:  # of Triton, its compiler or the driver
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         self.kernels, self.fused = None, False
-        expected, also = after_a_tick()
+        expected, also = self.try_tick()
         if reason is None:
             going = ~(halted | also)  # the state of a row that halts is that of its next token
             off = (h - expected)[going].norm() / expected[going].norm().clamp(min=1e-6)
@@ -312,19 +313,17 @@ class Engine:
                 self.kernels, self.fused = kernels, True
                 return
             reason = f"their state is off by {off:.1%}"
-        where = torch.cuda.get_device_name(s.h.device) if s.h.is_cuda else "the CPU"
+        device = self.state.h.device
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         warnings.warn(f"decoding on {where} goes on without the kernels of engine_kernels.py: {reason}", stacklevel=2)
 
     def capture(self):
         """Make ticks one CUDA graph. A tick before that loads the kernels; the state is put back."""
-        kept = [x.clone() for x in vars(self.state).values()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.tick()
+            self.try_tick()
         torch.cuda.current_stream().wait_stream(stream)
-        for x, old in zip(vars(self.state).values(), kept):
-            x.copy_(old)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             for _ in range(IN_GRAPH):

@@ -208,6 +208,12 @@ def test_a_peer_without_memory_does_not_end_the_others(capsys, monkeypatch):
     assert peers["naive"] == {"out_of_memory": True} and peers["bf16"]["ms"] > 0
 
 
+def assert_one_line(status, out, err, message):
+    """What a wrong argument ends in."""
+    assert status == 2 and not out
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -228,8 +234,7 @@ def test_a_peer_without_memory_does_not_end_the_others(capsys, monkeypatch):
 )
 def test_wrong_arguments_end_in_one_line(capsys, arguments, message):
     status, out, err = run(capsys, *arguments)
-    assert status == 2 and not out
-    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert_one_line(status, out, err, message)
 
 
 def test_gemm_times_every_product(capsys):
@@ -288,8 +293,7 @@ def test_scoring_that_is_not_the_same_fails(capsys, monkeypatch):
 def test_wrong_arguments_of_scoring_end_in_one_line(capsys, arguments, message):
     small = [] if "checkpoint" in str(arguments) else ["--model.width=32", "--model.heads=2", "--model.hidden=48"]
     status, out, err = run(capsys, *arguments, *small, command="score")
-    assert status == 2 and not out
-    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert_one_line(status, out, err, message)
 
 
 @pytest.mark.parametrize("memory, documents", [(0, "none"), (24, "8")])
