@@ -175,6 +175,7 @@ def perplexity(args):
     for sliding in (None, args.sliding) if args.sliding else (None,):
         for depth, tolerance in rules:
             model.config = own
+            model.set_tolerance(own.tolerance)
             label = f"sliding {sliding} of {window}" if sliding else f"memory {args.memory}"
             label += f", depth {depth}" if depth else ""
             if tolerance is not None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass
@@ -141,3 +142,61 @@ class PonderWeight:
 
     def _clamp(self, value):
         return min(max(value, -self.limit), self.limit)
+
+
+class ExitFit:
+    """The head of `halting = exit`, fitted by least squares: for every step n but the last a linear function of the
+    normalised state that expects what going on wins, nll_n - nll_N, in nats.
+
+    It is solved for, by normal equations with a ridge, as what a token wins says little (correlations of 0.1) and
+    gradient steps learn nothing of it (docs/LOG.md). Older text counts less, `decay` a batch, as the model moves on.
+    With a target depth, the tolerance follows at which so many steps are taken on average: measured on text before the
+    head is fitted to it."""
+
+    def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.01):
+        N, D = model.config.max_depth, model.config.width
+        self.model, self.target_depth, self.decay, self.ridge = model, target_depth, decay, ridge
+        zeros = partial(torch.zeros, device=model.embedding.weight.device)
+        # features and gain are one row: their products are Gram matrix and right side at once
+        self.sums = zeros(N - 1, D + 2, D + 2)
+        self.fitted = False
+
+    @torch.no_grad()
+    def update(self, states, gains):
+        """Fit to states (N - 1, n, D) float32 that won gains (N - 1, n), too."""
+        if self.fitted and self.target_depth:
+            self.steer(states)
+        rows = torch.cat([states, torch.ones_like(states[..., :1]), gains[..., None]], -1)
+        products = rows.mT @ rows
+        if dist.is_initialized():
+            dist.all_reduce(products)
+        self.sums.mul_(self.decay).add_(products)
+        self.solve()
+
+    def load(self, sums):
+        """Go on from the `sums` of a checkpoint."""
+        self.sums.copy_(sums)
+        self.fitted = bool(self.sums.any())
+
+    def solve(self):
+        D = self.sums.shape[1] - 2
+        count = self.sums[:, D, D, None, None]
+        mean = (self.sums / count).double()
+        gram, moment = mean[:, :-1, :-1], mean[:, :-1, -1:]
+        gram.diagonal(dim1=1, dim2=2)[:, :D] += self.ridge  # features have a mean square of 1; not for the bias
+        solution = torch.linalg.solve(gram, moment)[..., 0].float()
+        head = self.model.halting
+        head.weight[:-1], head.bias[:-1] = solution[:, :D], solution[:, D]
+        self.fitted = True
+
+    def steer(self, states):
+        """Set the tolerance at which tokens with these states take `target_depth` steps on average."""
+        head = self.model.halting
+        values = torch.einsum("snd,sd->sn", states, head.weight[:-1]) + head.bias[:-1, None]
+        # A token goes on after n steps where the least of its first n values reaches the tolerance.
+        least = values.cummin(0).values.flatten()
+        further = round((self.target_depth - 1) * states.shape[1])  # steps after the first, of all tokens
+        tolerance = least.kthvalue(max(least.numel() - further, 1)).values
+        if dist.is_initialized():
+            dist.all_reduce(tolerance.div_(dist.get_world_size()))
+        self.model.set_tolerance(tolerance.item())

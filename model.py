@@ -48,8 +48,8 @@ class ModelConfig:
     max_depth: int = 8  # N, how often the R blocks are applied
     share: bool = True  # false: N x R own blocks, a stacked transformer
     # Who decides on the depth of a token: nobody (fixed); a head that is trained with the model (act); or, with the
-    # newest state as output, a head that is trained afterwards (exit), once it expects less than `tolerance` nats from
-    # going on; or the state itself (stability), once a step changes it, normalised, by less than `tolerance` (RMS).
+    # newest state as output, a head that is fitted to what steps win (exit, see halting.ExitFit), once it expects less
+    # than `tolerance` nats; or the state itself (stability), once a step changes it, normalised, by less (RMS).
     halting: Literal["fixed", "act", "exit", "stability"] = "act"
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
@@ -76,7 +76,7 @@ class ModelConfig:
             raise ValueError(f"'width' {self.width} must be 'heads' ({self.heads}) times an even number (rotary pairs)")
         if not 0 < self.halting_eps < 1:
             raise ValueError(f"'halting_eps' must lie between 0 and 1, not {self.halting_eps}")
-        if self.tolerance < 0:
+        if self.tolerance < 0 and self.halting != "exit":
             raise ValueError(f"'tolerance' must not be negative, as {self.tolerance} is")
         if self.halting == "exit" and self.coda:
             raise ValueError("'halting = exit' needs 'coda = 0': it reads the loss from the state of every step")
@@ -234,13 +234,14 @@ class RecurrentTransformer(nn.Module):
         # rest fits one of these shares of all tokens, few, as each is a graph, and set before `compile`;
         self.capacities = ()
         self.packing = 64  # else, without gradient, by multiples of this; 0: without gradient, never
-        self.halting = nn.Linear(D, 1) if config.halting in ("act", "exit") else None
-        if config.halting == "exit":
-            self.halting.bias = nn.Parameter(torch.empty(N))  # what going on wins falls from step to step
+        self.halting = None
+        if config.halting == "act":
+            self.halting = nn.Linear(D, 1)
+        elif config.halting == "exit":
+            self.halting = nn.Linear(D, N).requires_grad_(False)  # a row a step; see halting.ExitFit
+        # on the device, as training changes it: a number would be a graph of its own
+        self.register_buffer("tolerance", torch.tensor(config.tolerance), persistent=False)
         self.init_weights()
-        if config.halting == "exit":  # then all else stays as it is
-            self.requires_grad_(False)
-            self.halting.requires_grad_(True)
 
     @torch.no_grad()
     def init_weights(self):
@@ -302,23 +303,23 @@ class RecurrentTransformer(nn.Module):
     ):  # fmt: skip
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
         rule; or k to make every token take exactly k steps (no token halts before), or one k for each, (B, T) int64 on
-        the host. weights: (B, T) float32 of the tokens in the loss; None: their mean; or a function that makes the
+        the host, 0 for those that go by the rule. weights: (B, T) float32 of the tokens in the loss; None: their mean; or a function that makes the
         loss, a scalar, of nll (B, T). spans: what `spans(tokens, memory)` returned, where it was worked out ahead.
-        states: a list to append every step's state to. keep: an index into (B, T), of the tokens whose logits are
+        states: a list to append every step's state to; then no token is left out, and none of the steps. keep: an index into (B, T), of the tokens whose logits are
         wanted where there are no targets: LAST, any slices, or a mask on the host, for which logits are (kept, V).
-        Returns `Output`. With `halting = exit`, gradients and targets, its loss is that of `learn_exit`.
+        Returns `Output`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
         """
         N, R = self.config.max_depth, self.config.recur
         own = isinstance(depth, torch.Tensor)  # a depth for each token
+        ruled = own and bool((depth == 0).any())
         for k in depth.aminmax() if own else [depth]:
-            if k is not None and not 1 <= k <= N:
+            if k is not None and not (0 if ruled else 1) <= k <= N:
                 raise ValueError(f"depth must lie in 1..{N}, not {int(k)}")
-        if self.config.halting == "exit" and torch.is_grad_enabled() and targets is not None:
-            return self.learn_exit(tokens, targets, memory, weights, spans)
-        steps, adaptive = (int(depth.max()) if own else depth or N), self.config.halting != "fixed" and depth is None
+        steps = N if depth is None or ruled else int(depth.max()) if own else depth
+        adaptive = self.config.halting != "fixed" and depth is None
         device = self.embedding.weight.device
         training = torch.is_grad_enabled() and targets is not None
         gemms = self._prepare(training)
@@ -347,12 +348,14 @@ class RecurrentTransformer(nn.Module):
         shares = []  # w_n
         rows = number = None  # how many tokens a step computes, None: all; a function that says how many are active
         packs = (adaptive or own) and (len(self.capacities) > 0 if training else not torch.is_grad_enabled())
+        packs = packs and states is None
         # the running sum of p at which a token halts: never before the last step if the depth is forced, always there
-        thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive else math.inf, device=device)
+        thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive or ruled else math.inf, device=device)
         thresholds[-1:].fill_(-math.inf)  # a number assigned would wait for the device
         if own:
-            last = depth.to(device, non_blocking=True) == torch.arange(1, steps + 1, device=device)[:, None, None]
-            thresholds = torch.where(last, -math.inf, math.inf)
+            drawn, step = depth.to(device, non_blocking=True), torch.arange(1, steps + 1, device=device)[:, None, None]
+            by_rule = thresholds[:, None, None] if ruled else math.inf
+            thresholds = torch.where(drawn == step, -math.inf, torch.where(drawn == 0, by_rule, math.inf))
         gains = [[None] * R] * N if self.gains is None else [g.unbind() for g in self.gains.unbind()]
         inject = self.inject.unbind() if isinstance(self.inject, nn.Parameter) else [None] * N
         for n in range(steps):
@@ -380,7 +383,7 @@ class RecurrentTransformer(nn.Module):
             if self.config.memory == "per_step":
                 written.extend(kvs)
             if packs and n + 1 < steps:  # own depths are known here, on the host
-                number = read_later((depth > n + 1 if own else state.active).sum())
+                number = read_later((depth > n + 1 if own and not ruled else state.active).sum())
         # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;
         # last_step: that is all there is
         written.extend(kvs * ((N - len(shares)) if self.config.memory == "per_step" else 1))
@@ -406,21 +409,16 @@ class RecurrentTransformer(nn.Module):
         memory = memory.after(written, spans.live) if memory else None
         return Output(logits, loss, nll, taken, ponder, stacked, spans.context, memory)
 
-    def learn_exit(self, tokens, targets, memory=None, weights=None, spans=None):
-        """`forward` at full depth, without gradient, but for the loss: the squared error of what the halting head
-        expects, at every step but the last, from going on to the last, nll_n - nll_N. Its gradient is the head's alone;
-        the expectation of that difference is what tells whether the steps left are worth `tolerance` nats."""
+    @torch.no_grad()
+    def exit_gains(self, tokens, targets, memory=None, spans=None):
+        """What the head of `halting = exit` is fitted to: the states of every step but the last that it reads,
+        (N - 1, B, T, D) float32, and what the next steps, up to the last, then win: nll_n - nll_N (N - 1, B, T).
+        Tokens halt by the rule, so that the others see frozen keys and values as they will, but all states go on."""
         states = []
-        with torch.no_grad():
-            out = self(tokens, targets, memory, self.config.max_depth, spans=spans, states=states)
-            targets = targets.to(out.nll.device, non_blocking=True)
-            zeros = torch.zeros_like(out.nll)
-            gains = [self.loss(self.read(h), targets, zeros)[1] - out.nll for h in states[:-1]]
-        if weights is None:
-            weights = torch.full_like(out.nll, 1 / out.nll.numel())
-        weights = weights.to(out.nll.device, non_blocking=True)
-        errors = [(self.halting_value(h, n) - gain).square() for n, (h, gain) in enumerate(zip(states, gains))]
-        return replace(out, loss=(weights * torch.stack(errors).mean(0)).sum())
+        out = self(tokens, targets, memory, spans=spans, states=states)
+        targets, zeros = targets.to(out.nll.device, non_blocking=True), torch.zeros_like(out.nll)
+        nll = torch.stack([self.loss(self.read(h), targets, zeros)[1] for h in states])
+        return torch.stack([self.features(h) for h in states[:-1]]), nll[:-1] - nll[-1]
 
     def spans(self, tokens, memory=None, one_by_one=False):
         """Which keys the tokens (B, T) will see, see `Spans`. Host work that can be done while the device is busy."""
@@ -552,17 +550,28 @@ class RecurrentTransformer(nn.Module):
         if self.config.halting == "fixed":
             return torch.zeros_like(h[..., 0], dtype=torch.float32)
         if self.config.halting == "exit":
-            return (self.halting_value(h, step) < self.config.tolerance).float()
+            return (self.halting_value(h, step) < self.tolerance).float()
         if self.config.halting == "stability":
             change = (norm(h.float()) - norm(before.float())).square().mean(-1).sqrt()
-            return (change < self.config.tolerance).float()
+            return (change < self.tolerance).float()
         return torch.sigmoid(self.halting_value(h, step))
 
     def halting_value(self, h, step):
         """What the halting head makes of states h, (B, T, D) or lanes, as (B, T) float32. step: how many steps were
         before them, a number or (B, T)."""
-        bias = self.halting.bias[step] if self.config.halting == "exit" else self.halting.bias
-        return (norm(self.read(h).float()) * self.halting.weight).sum(-1) + bias  # this sum fuses with the norm
+        weight, bias = self.halting.weight, self.halting.bias
+        if self.config.halting == "exit":
+            weight, bias = weight[step], bias[step]
+        return (self.features(h) * weight).sum(-1) + bias  # this sum fuses with the norm
+
+    def features(self, h):
+        """What the halting head reads of states h (..., D), or lanes: (..., D) float32."""
+        return norm(self.read(h).float())
+
+    def set_tolerance(self, tolerance):
+        """Halt by another `ModelConfig.tolerance`. Raises ValueError for a negative one."""
+        self.config = replace(self.config, tolerance=tolerance)
+        self.tolerance.fill_(tolerance)
 
     def loss(self, out, targets, weights):
         """The sum of weights * nll, or what the function `weights` makes of nll; and nll (B, T) float32 in nats, which

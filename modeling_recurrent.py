@@ -114,6 +114,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         """The constructor has initialised all parameters; `from_pretrained` makes the buffer anew, uninitialised."""
         if isinstance(module, RecurrentTransformer):
             module.padding.zero_()[self.config.vocab_size :] = -math.inf
+            module.tolerance.fill_(module.config.tolerance)
 
     def get_input_embeddings(self):
         return self.model.embedding

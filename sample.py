@@ -128,7 +128,8 @@ def set_tolerance(model, tolerance):
         raise InputError(f"--tolerance {tolerance} is for models without a head for ACT, and this one has one")
     rule = "exit" if model.config.halting == "exit" else "stability"
     try:
-        model.config = replace(model.config, halting=rule, tolerance=tolerance)
+        model.config = replace(model.config, halting=rule)
+        model.set_tolerance(tolerance)
     except ValueError as error:
         raise InputError(f"--tolerance: {error}") from None
 

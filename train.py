@@ -33,7 +33,7 @@ import data
 import fp8
 import kernels
 from config import ConfigError
-from halting import PonderWeight
+from halting import ExitFit, PonderWeight
 from memory import read_later
 from metrics import Log
 from model import ModelConfig, RecurrentTransformer, pick_device, pick_dtype
@@ -53,10 +53,13 @@ class TrainConfig:
     # Memory curriculum: from this fraction of training on, that many tokens of Transformer-XL memory.
     memory: list[tuple[float, int]] = field(default_factory=lambda: [(0.0, 512)])
     ponder_weight: float = 0.0  # lambda in `cross-entropy + lambda * (steps + remainder)`; its start with target_depth
-    target_depth: float = 0.0  # mean steps a token to steer lambda to; 0: lambda stays
+    target_depth: float = 0.0  # mean steps a token to steer lambda to, or the tolerance of exit; 0: they stay
     ponder_rate: float = 1e-4  # how fast it is steered, per step of training and step of depth
     sampled_depth: float = 0.0  # mean of a depth that is drawn; 0: the model's own
     sampled_by: Literal["step", "token"] = "step"  # one for all tokens of a step, or each token its own
+    sampled_share: float = 1.0  # exit, by token: so many of the tokens draw a depth, the others halt by the rule
+    exit_interval: int = 10  # exit: steps between fits of the head
+    frozen: bool = False  # exit: of a trained model, the head alone is fitted
     max_bad_steps: int = 20  # stop after so many steps in a row with a non-finite loss or gradient
     checkpoint_interval: int = 1000  # in steps
     keep: int = 2  # newest checkpoints kept, beside the best
@@ -84,6 +87,8 @@ class TrainConfig:
         for name in ("micro_batch", "seed", "ponder_rate", "peak_tflops"):
             if getattr(self, name) < 0:
                 raise ValueError(f"'{name}' must not be negative, as {getattr(self, name)} is")
+        if self.exit_interval < 1 or not 0 <= self.sampled_share <= 1:
+            raise ValueError("'exit_interval' must be at least 1, and 'sampled_share' lie in 0..1")
         starts = [start for start, _ in self.memory]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
             raise ValueError(f"'memory' must be [[0.0, length], [fraction, length], ...] in rising order, not {starts}")
@@ -133,23 +138,23 @@ class Config:
     def check_depths(self):
         if wrong := [k for k in self.eval.depths if not 1 <= k <= self.model.max_depth]:
             raise ValueError(f"'eval.depths' has {wrong[0]}; this model's depths are 1..{self.model.max_depth}")
-        if self.train.target_depth and (self.model.halting != "act" or self.train.sampled_depth):
-            raise ValueError("'train.target_depth' needs 'model.halting = act' and no 'train.sampled_depth'")
+        halting, t = self.model.halting, self.train
+        if t.target_depth and not (halting == "exit" or halting == "act" and not t.sampled_depth):
+            raise ValueError(
+                "'train.target_depth' needs 'model.halting = exit', or 'act' and no 'train.sampled_depth'"
+            )
+        if t.sampled_share < 1 and (halting != "exit" or t.sampled_by != "token"):
+            raise ValueError("'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by = token'")
+        if t.frozen and (halting != "exit" or not self.init or t.sampled_depth):
+            raise ValueError("'train.frozen' needs 'model.halting = exit' and 'init', and no 'train.sampled_depth'")
         if self.train.sampled_depth and not 1 <= self.train.sampled_depth <= self.model.max_depth:
             raise ValueError(f"'train.sampled_depth' {self.train.sampled_depth} must lie in 1..{self.model.max_depth}")
         if self.train.sampled_by == "token" and not self.train.sampled_depth:
             raise ValueError("'train.sampled_by = token' has no use without 'train.sampled_depth', the mean")
-        if self.train.sampled_depth and self.model.halting == "exit":
-            raise ValueError("'train.sampled_depth' has no use with 'model.halting = exit', which sees all depths")
         if self.train.sampled_depth and self.stage == "dpo":
             raise ValueError("'train.sampled_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
             raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
-        if self.stage != "pretrain" and self.model.halting == "exit":
-            raise ValueError(
-                f"the stage {self.stage} would train nothing but the head of 'model.halting = exit'; tune with "
-                "--model.halting=fixed first, and then train a new head"
-            )
         if self.dpo.depth > self.model.max_depth:
             raise ValueError(f"'dpo.depth' {self.dpo.depth} must lie in 1..{self.model.max_depth}, or be 0")
 
@@ -232,7 +237,9 @@ class Trainer:
                 weights = {name: x for name, x in weights.items() if not name.startswith("halting.")}
             self.model.load_state_dict(weights, strict=same)
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
-        self.ponder = PonderWeight(self.t.ponder_weight, self.t.target_depth, self.t.ponder_rate)
+        target = self.t.target_depth
+        self.ponder = PonderWeight(self.t.ponder_weight, target if cfg.model.halting == "act" else 0, self.t.ponder_rate)
+        self.exit = ExitFit(self.model, target) if cfg.model.halting == "exit" else None
 
         self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
         self.data_state = self.stage.reader.state()
@@ -276,6 +283,15 @@ class Trainer:
         parts, state = self.stage.read()
         return parts, state, [self.model.spans(part.tokens, memory) for part, memory in zip(parts, self.memories)]
 
+    def fit_exit(self, part, memory, spans):
+        """Fit the head of `halting = exit` to tokens that the model has not been trained on yet."""
+        self.model.eval()
+        states, gains = self.model.exit_gains(part.tokens, part.targets, memory, spans)
+        self.model.train()
+        counts = (part.groups >= 0).to(gains.device)
+        self.exit.update(states[:, counts], gains[:, counts])
+        self.cfg.model = self.model.config  # its tolerance
+
     def train_step(self):
         """Read a batch, accumulate gradients over its micro-batches, update. Returns the metrics of the step."""
         length = memory_length(self.step / self.steps, self.t.memory)
@@ -293,15 +309,20 @@ class Trainer:
             random = np.random.default_rng([self.t.seed, self.step])
             shape = (self.t.batch_size, self.t.segment) if self.t.sampled_by == "token" else ()
             drawn = draw_depth(self.t.sampled_depth, self.cfg.model.max_depth, random, shape)
+            if self.t.sampled_share < 1:
+                drawn = np.where(random.random(shape) < self.t.sampled_share, drawn, 0)
             depths = torch.from_numpy(drawn[stage.rows]).split(self.micro) if shape else [int(drawn)] * len(parts)
+        if self.exit and stage.depth is None and self.step % self.t.exit_interval == 0:
+            self.fit_exit(parts[0], self.memories[0], spans[0])
         for i, part in enumerate(parts):
             synced = i == len(parts) - 1 or self.world == 1
-            with nullcontext() if synced else self.wrapped.no_sync():
+            with nullcontext() if synced else self.wrapped.no_sync(), torch.set_grad_enabled(not self.t.frozen):
                 out = self.wrapped(part.tokens, part.targets, self.memories[i], depths[i], part.weights, spans[i])
                 objective = out.loss
                 if self.ponder.value:
                     objective = objective + self.ponder.value * out.ponder.mean()
-                (objective / len(parts)).backward()
+                if not self.t.frozen:
+                    (objective / len(parts)).backward()
             self.memories[i] = out.memory
             each = torch.stack([out.nll, out.depth.float(), torch.ones_like(out.nll)], -1).flatten(0, 1)
             group = part.groups.flatten().to(self.device, non_blocking=True) % (groups + 1)
@@ -313,7 +334,8 @@ class Trainer:
         sums = torch.cat([sums.flatten(), own])
         if self.world > 1:
             dist.all_reduce(sums)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(grads).to(self.device)
         finite = sums[-len(own) - 3].isfinite() & grad_norm.isfinite()
         metrics = read_later(torch.cat([sums, grad_norm[None]]))
         factor = learning_rate((self.step + 1) / self.steps, self.cfg.optim)
@@ -348,6 +370,7 @@ class Trainer:
             "depth": depth / number,
             "context": context,
             "ponder_weight": self.ponder.value,
+            "tolerance": self.cfg.model.tolerance,
             "grad_norm": grad_norm,
             "lr": factor * self.cfg.optim.lr,
             "memory": length,
@@ -377,6 +400,8 @@ class Trainer:
             state["random/cuda"] = torch.cuda.get_rng_state(self.device)
         if self.model.scales is not None:
             state["fp8/history"] = self.model.scales.history
+        if self.exit:
+            state["exit/sums"] = self.exit.sums
         checkpoint.write_tensors(path, "optimizer", state)
         meta = {
             "step": self.step,
@@ -403,6 +428,8 @@ class Trainer:
         meta = checkpoint.read_meta(path)
         old, new = meta["config"], json.loads(config.to_json(self.cfg))
         old["model"] = dataclasses.asdict(ModelConfig()) | old["model"]  # of before a knob: with its default
+        if self.exit and self.t.target_depth:  # it has moved
+            new["model"]["tolerance"] = old["model"]["tolerance"]
         if changed := list(config.differences(old["model"], new["model"], "model.")):
             raise checkpoint.CheckpointError(
                 f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"
@@ -425,6 +452,10 @@ class Trainer:
             torch.cuda.set_rng_state(state.pop("random/cuda"), self.device)
         if "fp8/history" in state and self.model.scales is not None:
             self.model.scales.load(state["fp8/history"])
+        if self.exit:
+            self.exit.load(state.pop("exit/sums"))
+            self.model.set_tolerance(new["model"]["tolerance"])
+            self.cfg.model = self.model.config
         checkpoint.load_optimizers(self.model, self.optimizers, state)
         self.memories = checkpoint.read_memories(path, meta["position"], self.stage.rows, self.micro, self.device)
         self.data_state = meta["data_state"]
