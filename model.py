@@ -48,8 +48,8 @@ class ModelConfig:
     max_depth: int = 8  # N, how often the R blocks are applied
     share: bool = True  # false: N x R own blocks, a stacked transformer
     # Who decides on the depth of a token: nobody (fixed); a head that is trained with the model (act); or, with the
-    # newest state as output, a head that is fitted to what steps win (exit, see halting.ExitFit), once it expects less
-    # than `tolerance` nats; or the state itself (stability), once a step changes it, normalised, by less (RMS).
+    # newest state as output, a head that is fitted to what steps win (exit, see halting.ExitFit), once the next is
+    # expected to win less than `tolerance` nats; or the state itself (stability), once a step changes it, normalised, by less (RMS).
     halting: Literal["fixed", "act", "exit", "stability"] = "act"
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
@@ -412,13 +412,13 @@ class RecurrentTransformer(nn.Module):
     @torch.no_grad()
     def exit_gains(self, tokens, targets, memory=None, spans=None):
         """What the head of `halting = exit` is fitted to: the states of every step but the last that it reads,
-        (N - 1, B, T, D) float32, and what the next steps, up to the last, then win: nll_n - nll_N (N - 1, B, T).
+        (N - 1, B, T, D) float32, and what the next step then wins: nll_n - nll_(n+1), (N - 1, B, T).
         Tokens halt by the rule, so that the others see frozen keys and values as they will, but all states go on."""
         states = []
         out = self(tokens, targets, memory, spans=spans, states=states)
         targets, zeros = targets.to(out.nll.device, non_blocking=True), torch.zeros_like(out.nll)
         nll = torch.stack([self.loss(self.read(h), targets, zeros)[1] for h in states])
-        return torch.stack([self.features(h) for h in states[:-1]]), nll[:-1] - nll[-1]
+        return torch.stack([self.features(h) for h in states[:-1]]), nll[:-1] - nll[1:]
 
     def spans(self, tokens, memory=None, one_by_one=False):
         """Which keys the tokens (B, T) will see, see `Spans`. Host work that can be done while the device is busy."""

@@ -58,6 +58,8 @@ class TrainConfig:
     sampled_depth: float = 0.0  # mean of a depth that is drawn; 0: the model's own
     sampled_by: Literal["step", "token"] = "step"  # one for all tokens of a step, or each token its own
     sampled_share: float = 1.0  # exit, by token: so many of the tokens draw a depth, the others halt by the rule
+    warm_up: float = 0.0  # for this fraction of training every token takes `warm_depth` steps, and no depth is drawn
+    warm_depth: int = 0  # 0: the model's maximum
     exit_interval: int = 10  # exit: steps between fits of the head
     frozen: bool = False  # exit: of a trained model, the head alone is fitted
     max_bad_steps: int = 20  # stop after so many steps in a row with a non-finite loss or gradient
@@ -87,8 +89,8 @@ class TrainConfig:
         for name in ("micro_batch", "seed", "ponder_rate", "peak_tflops"):
             if getattr(self, name) < 0:
                 raise ValueError(f"'{name}' must not be negative, as {getattr(self, name)} is")
-        if self.exit_interval < 1 or not 0 <= self.sampled_share <= 1:
-            raise ValueError("'exit_interval' must be at least 1, and 'sampled_share' lie in 0..1")
+        if self.exit_interval < 1 or not 0 <= self.sampled_share <= 1 or not 0 <= self.warm_up < 1:
+            raise ValueError("'exit_interval' must be at least 1, 'sampled_share' lie in [0, 1] and 'warm_up' in [0, 1)")
         starts = [start for start, _ in self.memory]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
             raise ValueError(f"'memory' must be [[0.0, length], [fraction, length], ...] in rising order, not {starts}")
@@ -155,6 +157,8 @@ class Config:
             raise ValueError("'train.sampled_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
             raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
+        if not 0 <= t.warm_depth <= self.model.max_depth or t.warm_up and self.stage == "dpo":
+            raise ValueError(f"'train.warm_depth' {t.warm_depth} must lie in 1..{self.model.max_depth}, or be 0; no 'warm_up' in dpo")
         if self.dpo.depth > self.model.max_depth:
             raise ValueError(f"'dpo.depth' {self.dpo.depth} must lie in 1..{self.model.max_depth}, or be 0")
 
@@ -305,14 +309,17 @@ class Trainer:
         sums = torch.zeros(groups + 2, 3, device=self.device, dtype=torch.float64)
         own = torch.zeros(len(stage.names), device=self.device, dtype=torch.float64)
         context, depths = 0.0, [stage.depth] * len(parts)
-        if self.t.sampled_depth:
+        warming = self.step < self.t.warm_up * self.steps
+        if warming:
+            depths = [self.t.warm_depth or self.cfg.model.max_depth] * len(parts)
+        elif self.t.sampled_depth:
             random = np.random.default_rng([self.t.seed, self.step])
             shape = (self.t.batch_size, self.t.segment) if self.t.sampled_by == "token" else ()
             drawn = draw_depth(self.t.sampled_depth, self.cfg.model.max_depth, random, shape)
             if self.t.sampled_share < 1:
                 drawn = np.where(random.random(shape) < self.t.sampled_share, drawn, 0)
             depths = torch.from_numpy(drawn[stage.rows]).split(self.micro) if shape else [int(drawn)] * len(parts)
-        if self.exit and stage.depth is None and self.step % self.t.exit_interval == 0:
+        if self.exit and not warming and stage.depth is None and self.step % self.t.exit_interval == 0:
             self.fit_exit(parts[0], self.memories[0], spans[0])
         for i, part in enumerate(parts):
             synced = i == len(parts) - 1 or self.world == 1
