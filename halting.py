@@ -193,6 +193,7 @@ class ExitFit:
         """Set the tolerance at which tokens with these states take `target_depth` steps on average."""
         head = self.model.halting
         values = torch.einsum("snd,sd->sn", states, head.weight[:-1]) + head.bias[:-1, None]
+        values[: self.model.config.min_depth - 1] = torch.inf
         # A token goes on after n steps where the least of its first n values reaches the tolerance.
         least = values.cummin(0).values.flatten()
         further = round((self.target_depth - 1) * states.shape[1])  # steps after the first, of all tokens

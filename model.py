@@ -54,6 +54,7 @@ class ModelConfig:
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
     tolerance: float = 0.1  # exit, in nats; stability, RMS
+    min_depth: int = 1  # exit, stability: no token halts before
     # What enters a step: the state (none); it, normalised, plus the input (gain); a linear layer of both; or a weighted
     # sum of `lanes` states, which begin as the input, and to all of which a step adds (hyper-connections).
     injection: Literal["none", "gain", "concat_linear", "hyper"] = "gain"
@@ -76,6 +77,8 @@ class ModelConfig:
             raise ValueError(f"'width' {self.width} must be 'heads' ({self.heads}) times an even number (rotary pairs)")
         if not 0 < self.halting_eps < 1:
             raise ValueError(f"'halting_eps' must lie between 0 and 1, not {self.halting_eps}")
+        if not 1 <= self.min_depth <= self.max_depth or self.min_depth > 1 and self.halting == "act":
+            raise ValueError(f"'min_depth' {self.min_depth} must lie in 1..'max_depth', and be 1 with 'halting = act'")
         if self.tolerance < 0 and self.halting != "exit":
             raise ValueError(f"'tolerance' must not be negative, as {self.tolerance} is")
         if self.halting == "exit" and self.coda:
@@ -549,11 +552,12 @@ class RecurrentTransformer(nn.Module):
         float32; 0 or 1 but for ACT."""
         if self.config.halting == "fixed":
             return torch.zeros_like(h[..., 0], dtype=torch.float32)
+        late = step + 1 >= self.config.min_depth
         if self.config.halting == "exit":
-            return (self.halting_value(h, step) < self.tolerance).float()
+            return (late & (self.halting_value(h, step) < self.tolerance)).float()
         if self.config.halting == "stability":
             change = (norm(h.float()) - norm(before.float())).square().mean(-1).sqrt()
-            return (change < self.tolerance).float()
+            return (late & (change < self.tolerance)).float()
         return torch.sigmoid(self.halting_value(h, step))
 
     def halting_value(self, h, step):

@@ -316,6 +316,7 @@ class Trainer:
             random = np.random.default_rng([self.t.seed, self.step])
             shape = (self.t.batch_size, self.t.segment) if self.t.sampled_by == "token" else ()
             drawn = draw_depth(self.t.sampled_depth, self.cfg.model.max_depth, random, shape)
+            drawn = np.maximum(drawn, self.cfg.model.min_depth)
             if self.t.sampled_share < 1:
                 drawn = np.where(random.random(shape) < self.t.sampled_share, drawn, 0)
             depths = torch.from_numpy(drawn[stage.rows]).split(self.micro) if shape else [int(drawn)] * len(parts)
