@@ -76,7 +76,7 @@ def draw(runs, file):
         axis.plot([x], [y], "o", color=f"C{i % 10}", label=run["name"])
         if forced := sorted(place(macro) for macro in run["validation"].get("forced", {}).values()):
             axis.plot(*zip(*forced), "-", color=f"C{i % 10}", linewidth=0.6)
-    axis.set(xlabel="mean depth (steps a token)", ylabel="perplexity, mean over domains", yscale="log")
+    axis.set(xlabel="mean depth (steps a token)", ylabel="perplexity, mean over domains")
     axis.legend(fontsize="small")
     pyplot.tight_layout()
     pyplot.savefig(file, dpi=150)
