@@ -162,8 +162,8 @@ def load_weights(model, path, device="cpu"):
         there, here = weights.get(name), own.get(name)
         if there is None or here is None or there.shape != here.shape:
             shapes = [tuple(x.shape) if x is not None else "absent" for x in (there, here)]
-            old = model.config.halting == "exit" and name == "halting.bias" and shapes[0] == (1,)
-            remedy = "; it is an exit head of before, with one bias for all steps: train it anew" if old else ""
+            old = model.config.halting == "exit" and name.startswith("halting.") and shapes[0][:1] == (1,)
+            remedy = "; it is an exit head of before, one for all steps and not for each: fit it anew" if old else ""
             raise CheckpointError(
                 f"{path}: another architecture: '{name}' is {shapes[0]} there and {shapes[1]} here{remedy}"
             )

@@ -163,13 +163,15 @@ class ExitFit:
 
     @torch.no_grad()
     def update(self, states, gains):
-        """Fit to states (N - 1, n, D) float32 that won gains (N - 1, n), too."""
-        if self.fitted and self.target_depth:
-            self.steer(states)
+        """Fit to states (N - 1, n, D) float32 that won gains (N - 1, n), too; not to what is not finite."""
         rows = torch.cat([states, torch.ones_like(states[..., :1]), gains[..., None]], -1)
         products = rows.mT @ rows
         if dist.is_initialized():
             dist.all_reduce(products)
+        if not (products.isfinite().all() and products[0, -2, -2]):  # or there is no token at all
+            return
+        if self.fitted and self.target_depth:
+            self.steer(states)
         self.sums.mul_(self.decay).add_(products)
         self.solve()
 
@@ -197,7 +199,8 @@ class ExitFit:
         # A token goes on after n steps where the least of its first n values reaches the tolerance.
         least = values.cummin(0).values.flatten()
         further = round((self.target_depth - 1) * states.shape[1])  # steps after the first, of all tokens
-        tolerance = least.kthvalue(max(least.numel() - further, 1)).values
+        kth = max(least.numel() - further, 1)
+        tolerance = least.kthvalue(kth).values if least.numel() else self.model.tolerance.clone()
         if dist.is_initialized():
             dist.all_reduce(tolerance.div_(dist.get_world_size()))
         self.model.set_tolerance(tolerance.item())

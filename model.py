@@ -243,7 +243,7 @@ class RecurrentTransformer(nn.Module):
         elif config.halting == "exit":
             self.halting = nn.Linear(D, N).requires_grad_(False)  # a row a step; see halting.ExitFit
         # on the device, as training changes it: a number would be a graph of its own
-        self.register_buffer("tolerance", torch.tensor(config.tolerance), persistent=False)
+        self.register_buffer("tolerance", torch.tensor(config.tolerance, dtype=torch.float32), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -306,11 +306,11 @@ class RecurrentTransformer(nn.Module):
     ):  # fmt: skip
         """tokens, targets: (B, T) int64. memory: a `Memory` to read and go on from. depth: None for the model's own
         rule; or k to make every token take exactly k steps (no token halts before), or one k for each, (B, T) int64 on
-        the host, 0 for those that go by the rule. weights: (B, T) float32 of the tokens in the loss; None: their mean; or a function that makes the
-        loss, a scalar, of nll (B, T). spans: what `spans(tokens, memory)` returned, where it was worked out ahead.
-        states: a list to append every step's state to; then no token is left out, and none of the steps. keep: an index into (B, T), of the tokens whose logits are
-        wanted where there are no targets: LAST, any slices, or a mask on the host, for which logits are (kept, V).
-        Returns `Output`.
+        the host, 0 for those that go by the rule. weights: (B, T) float32 of the tokens in the loss; None: their mean;
+        or a function that makes the loss, a scalar, of nll (B, T). spans: what `spans(tokens, memory)` returned, where
+        it was worked out ahead. states: a list to append every step's state to; then no token is left out, and none of
+        the steps. keep: an index into (B, T), of the tokens whose logits are wanted where there are no targets: LAST,
+        any slices, or a mask on the host, for which logits are (kept, V). Returns `Output`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
         Raises ValueError for a depth outside 1..N.
@@ -342,7 +342,7 @@ class RecurrentTransformer(nn.Module):
         state = kvs = None
         e, h = h, h.repeat(1, 1, self.lanes)  # not one tensor under two names, which would be a graph of its own
         # no token has halted, and the host knows it: then there is nothing to freeze
-        awake = not (torch.is_grad_enabled() or self.compiled or own)
+        awake = not (torch.is_grad_enabled() or self.compiled or own or states is not None)
         if adaptive or own or self.config.halting == "act":
             state = ActState.start(tokens, e)
             shape = (*e.shape[:-1], self.config.heads, -1)
@@ -573,7 +573,7 @@ class RecurrentTransformer(nn.Module):
         return norm(self.read(h).float())
 
     def set_tolerance(self, tolerance):
-        """Halt by another `ModelConfig.tolerance`. Raises ValueError for a negative one."""
+        """Halt by another `ModelConfig.tolerance`. Raises ValueError for one that it refuses."""
         self.config = replace(self.config, tolerance=tolerance)
         self.tolerance.fill_(tolerance)
 

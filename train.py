@@ -131,6 +131,8 @@ class Config:
             raise ValueError(f"'init' is missing: the stage {self.stage} goes on from a model; name its run folder")
         if self.stage == "dpo" and t.target_depth:
             raise ValueError("'train.target_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
+        if self.stage == "dpo" and t.frozen:
+            raise ValueError("'train.frozen' has no use in the stage dpo, which fits no head")
         if self.stage == "dpo" and t.dtype == "fp8":
             raise ValueError("'train.dtype = fp8' has no use in the stage dpo: its error would be taken for a reward")
         if self.stage != "dpo" and self.dpo != DPOConfig():
@@ -142,9 +144,7 @@ class Config:
             raise ValueError(f"'eval.depths' has {wrong[0]}; this model's depths are 1..{self.model.max_depth}")
         halting, t = self.model.halting, self.train
         if t.target_depth and not (halting == "exit" or halting == "act" and not t.sampled_depth):
-            raise ValueError(
-                "'train.target_depth' needs 'model.halting = exit', or 'act' and no 'train.sampled_depth'"
-            )
+            raise ValueError("'train.target_depth' needs 'model.halting = exit', or 'act' and no 'train.sampled_depth'")
         if t.sampled_share < 1 and (halting != "exit" or t.sampled_by != "token"):
             raise ValueError("'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by = token'")
         if t.frozen and (halting != "exit" or not self.init or t.sampled_depth):
@@ -182,6 +182,8 @@ class Config:
             old, new = (dataclasses.asdict(x) for x in (model, self.model))
             changes = "; ".join(config.differences(old, new, "model."))
             raise ConfigError(f"'init' {self.init} is of another architecture: {changes}. Leave [model] out")
+        if self.stage == "dpo" and rule.get("halting") == "exit" != model.halting:
+            raise ConfigError(f"'init' {self.init} has no head for 'model.halting = exit', and the stage dpo fits none")
         try:
             return dataclasses.replace(self, model=dataclasses.replace(model, **rule))
         except ValueError as error:
@@ -241,9 +243,9 @@ class Trainer:
                 weights = {name: x for name, x in weights.items() if not name.startswith("halting.")}
             self.model.load_state_dict(weights, strict=same)
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
-        target = self.t.target_depth
-        self.ponder = PonderWeight(self.t.ponder_weight, target if cfg.model.halting == "act" else 0, self.t.ponder_rate)
-        self.exit = ExitFit(self.model, target) if cfg.model.halting == "exit" else None
+        exits, target = cfg.model.halting == "exit", self.t.target_depth
+        self.ponder = PonderWeight(self.t.ponder_weight, 0 if exits else target, self.t.ponder_rate)
+        self.exit = ExitFit(self.model, target) if exits else None
 
         self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
         self.data_state = self.stage.reader.state()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import config
 import train
-from halting import Packed, PonderWeight
+from halting import ExitFit, Packed, PonderWeight
 from kernels import rotate
 from model import LAST, ModelConfig, RecurrentTransformer, norm
 
@@ -259,8 +259,25 @@ def test_tokens_with_one_depth_each_are_frozen_there(changes):
             rows = first & (depth == k)
             forced = model(tokens, depth=k).logits
             torch.testing.assert_close(out.logits[rows], forced[rows], atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match=f"depth must lie in 1..{N}, not 0"):
-        model(tokens, depth=depth - 1)
+    for wrong, there in ((-1, depth - depth.min() - 1), (N + 1, depth - depth.max() + N + 1)):
+        with pytest.raises(ValueError, match=f"depth must lie in 1..{N}, not {wrong}"):
+            model(tokens, depth=there)
+
+
+@variants
+@torch.no_grad()
+def test_tokens_without_a_depth_of_their_own_go_by_the_rule(changes):
+    """Where the others have the depths of the rule, all is as without them; else it is as if all had theirs from it."""
+    model, tokens = build(**changes), text()
+    N, generator, rule = model.config.max_depth, torch.Generator().manual_seed(0), model(tokens)
+    has = torch.rand(tokens.shape, generator=generator) < 0.5
+    for own in (rule.depth, torch.randint(1, N + 1, tokens.shape, generator=generator)):
+        out = model(tokens, depth=torch.where(has, own, 0))
+        assert torch.equal(out.depth[has], own[has])
+        same = (has <= (own == rule.depth)).int().cumprod(1).bool()  # before any token of another depth
+        assert torch.equal(out.depth[same], rule.depth[same])
+        torch.testing.assert_close(out.logits[same], rule.logits[same], atol=1e-4, rtol=0)
+        torch.testing.assert_close(out.logits, model(tokens, depth=out.depth).logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -275,33 +292,101 @@ def test_stable_states_halt_with_their_newest_state():
     assert torch.equal(out.weights, torch.nn.functional.one_hot(out.depth - 1, len(out.weights)).movedim(-1, 0).float())
 
 
-def test_the_exit_head_learns_what_going_on_wins():
-    """Its error is that of its expectation at every step but the last, and nothing else has a gradient."""
-    model, tokens = build(halting="exit"), text(length=41)
+@pytest.mark.parametrize("changes", [{}, {"injection": "hyper", "memory": "last_step"}], ids=["gain", "hyper"])
+@torch.no_grad()
+def test_exit_gains_are_what_the_next_step_wins(changes):
+    """At full depth by the nll of forced depths; where tokens halt, up to there, by what they come to."""
+    model, tokens = build(halting="exit", tolerance=-99.0, **changes), text(length=41)
     tokens, targets, N = tokens[:, :-1], tokens[:, 1:], model.config.max_depth
-    with torch.no_grad():
-        forced = [model(tokens, targets, depth=n) for n in range(1, N + 1)]
-        gains = torch.stack([out.nll - forced[-1].nll for out in forced[:-1]])
-        torch.nn.init.zeros_(model.halting.weight)
+    forced = torch.stack([model(tokens, targets, depth=n).nll for n in range(1, N + 1)])
+    states, gains = model.exit_gains(tokens, targets)
+    torch.testing.assert_close(gains, forced[:-1] - forced[1:], atol=1e-5, rtol=0)
+    values = (states * model.halting.weight[:-1, None, None]).sum(-1) + model.halting.bias[:-1, None, None]
+    model.set_tolerance(values.mean().item())
     out = model(tokens, targets)
-    expected = model.halting.bias.detach()[:-1, None, None]  # of every step its own
-    assert out.loss.item() == pytest.approx((expected - gains).square().mean().item(), rel=1e-4)
-    assert torch.equal(out.nll, forced[-1].nll) and (out.depth == N).all()
-    out.loss.backward()
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {"halting.weight", "halting.bias"}
-    optimizer = torch.optim.Adam(model.halting.parameters(), lr=0.02)
-    for _ in range(200):
-        optimizer.zero_grad()
-        loss = model(tokens, targets).loss
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.9 * (gains - gains.mean((1, 2), keepdim=True)).square().mean()  # more than a constant each knows
-    with torch.no_grad():
-        value = torch.stack([model.halting_value(h, n) for n, h in enumerate(states_of(model, tokens))])
-        model.config = replace(model.config, tolerance=value[0].median().item())
-        taken = model(tokens).depth
-        assert torch.equal(taken == 1, value[0] < model.config.tolerance)
+    halted = out.depth < N
+    assert torch.equal(out.depth == 1, values[0] < model.tolerance) and len(out.depth.unique()) == N
+    gains = model.exit_gains(tokens, targets)[1]
+    taken = torch.arange(1, N)[:, None, None] < out.depth
+    won = (gains * taken).sum(0)  # by the steps after the first
+    torch.testing.assert_close(won[halted], (forced[0] - out.nll)[halted], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_to_look_at_exit_gains_leaves_the_memory_as_it_is():
+    model, tokens = build(halting="exit", tolerance=1.2), text(length=41)
+    memory = model(tokens[:, :20], memory=model.new_memory(3, 24)).memory
+    part = tokens[:, 20:40], tokens[:, 21:41], memory
+    first, out, again = model.exit_gains(*part), model(*part), model.exit_gains(*part)
+    assert all(map(torch.equal, first, again))
+    whole = model(tokens[:, :40], tokens[:, 1:41]).nll[:, 20:]
+    torch.testing.assert_close(out.nll, whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rule", [{"halting": "exit", "tolerance": 99.0}, {"halting": "stability", "tolerance": 99.0}])
+@torch.no_grad()
+def test_no_token_halts_before_the_least_depth(rule):
+    for least in (1, 3, 5):
+        for packing in (0, 8):
+            model = build(min_depth=least, **rule)
+            model.packing = packing
+            assert (model(text()).depth == least).all()
+
+
+def linear_gains(n, weight, bias):
+    """States (N - 1, n, D) and what they win, a linear function of them for every step."""
+    states = norm(torch.randn(len(weight), n, weight.shape[1]))
+    return states, (states * weight[:, None]).sum(-1) + bias[:, None]
+
+
+def test_the_exit_head_is_fitted_to_what_steps_win():
+    """The linear function of every step is found, and then the tolerance at which tokens take the target depth."""
+    model = build(halting="exit")
+    weight, bias = 0.3 * torch.randn(4, 32), torch.tensor([1.0, 0.5, 0.2, 0.1])
+    fit = ExitFit(model, target_depth=2.5, ridge=1e-6)
+    before = model.halting.weight[-1].clone(), model.config.tolerance
+    fit.update(*linear_gains(500, weight, bias))
+    torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.halting.bias[:-1], bias, atol=1e-4, rtol=0)
+    assert torch.equal(model.halting.weight[-1], before[0])  # the last step has nothing to expect
+    assert model.config.tolerance == before[1]  # no head had been fitted that it could be of
+    states, gains = linear_gains(500, weight, bias)
+    fit.update(states, gains)
+    assert model.tolerance.item() == model.config.tolerance != before[1]
+    steps = 1 + (gains.cummin(0).values >= model.config.tolerance).sum(0)
+    assert steps.float().mean() == pytest.approx(2.5, abs=0.01)
+    model.config = replace(model.config, min_depth=2)
+    fit.steer(states)
+    steps = 2 + (gains[1:].cummin(0).values >= model.config.tolerance).sum(0)
+    assert steps.float().mean() == pytest.approx(2.5, abs=0.01)
+
+
+def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():
+    model, again = build(halting="exit"), build(halting="exit")
+    fit, weight, bias = ExitFit(model, decay=0.5, ridge=1e-6), torch.randn(4, 32), torch.zeros(4)
+    fit.update(*linear_gains(200, -weight, bias))
+    for _ in range(30):
+        fit.update(*linear_gains(200, weight, bias))
+    torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-4, rtol=0)
+    resumed = ExitFit(again, decay=0.5, ridge=1e-6)
+    resumed.load(fit.sums)
+    new = linear_gains(200, weight, bias)
+    fit.update(*new)
+    resumed.update(*new)
+    assert resumed.fitted and torch.equal(again.halting.weight[:-1], model.halting.weight[:-1])
+
+
+def test_the_exit_head_is_not_fitted_to_what_is_not_finite_or_not_there():
+    model = build(halting="exit")
+    fit, weight, bias = ExitFit(model, target_depth=2), torch.randn(4, 32), torch.zeros(4)
+    fit.update(*linear_gains(200, weight, bias))
+    before = model.halting.weight.clone(), model.config.tolerance, fit.sums.clone()
+    states, gains = linear_gains(200, weight, bias)
+    gains[2, 5] = math.inf
+    fit.update(states, gains)
+    fit.update(states[:, :0], gains[:, :0])
+    assert torch.equal(model.halting.weight, before[0]) and model.config.tolerance == before[1]
+    assert torch.equal(fit.sums, before[2])
 
 
 @torch.no_grad()
@@ -312,12 +397,6 @@ def test_the_exit_head_knows_its_step():
         model.halting.bias.copy_(torch.where(torch.arange(1, 6) == k, 0.0, 1.0))
         for model.packing in (0, 8):
             assert (model(tokens).depth == k).all()
-
-
-def states_of(model, tokens):
-    states = []
-    model(tokens, depth=model.config.max_depth, states=states)
-    return states
 
 
 def test_the_ponder_cost_has_gradient_through_the_remainder():
@@ -388,16 +467,14 @@ def trained(model, tokens, depth=None, part=20):
     return outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-TRAINED = {
-    name: (changes, "none") for name, changes in VARIANTS.items() if changes.get("halting") not in ("fixed", "exit")
-}
+TRAINED = {name: (changes, "none") for name, changes in VARIANTS.items() if changes.get("halting") != "fixed"}
 TRAINED |= {"last step": ({"memory": "last_step"}, "none")}
 TRAINED |= {f"two blocks, last step, {kept}": ({"recur": 2, "memory": "last_step"}, kept) for kept in ("mlp", "step")}
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["", "own depths"])
+@pytest.mark.parametrize("least", [None, 1, 0], ids=["", "own depths", "some own depths"])
 @pytest.mark.parametrize("changes, recompute", TRAINED.values(), ids=TRAINED.keys())
-def test_packing_changes_nothing_in_training(changes, recompute, own, monkeypatch):
+def test_packing_changes_nothing_in_training(changes, recompute, least, monkeypatch):
     """Loss, depths, memory and all gradients are those of the SwiGLU of all tokens."""
     tokens, packed, runs, changes = text(length=41), [], [], {"halting_bias": 0.0} | changes
     of = Packed.of
@@ -405,8 +482,9 @@ def test_packing_changes_nothing_in_training(changes, recompute, own, monkeypatc
     for capacities in ((), (0.2, 0.5, 0.8)):
         model = build(**changes)
         model.recompute, model.capacities = recompute, capacities
-        N = model.config.max_depth
-        depth = torch.randint(1, N + 1, tokens.shape, generator=torch.Generator().manual_seed(0)) if own else None
+        depth, generator = None, torch.Generator().manual_seed(0)
+        if least is not None:
+            depth = torch.randint(least, model.config.max_depth + 1, tokens.shape, generator=generator)
         runs.append(trained(model, tokens, depth))
         assert bool(packed) == bool(capacities)  # the check sees that some are left out
     assert {rows for _, rows in packed} <= {16, 32, 48} and all(count <= rows for count, rows in packed)
