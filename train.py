@@ -157,8 +157,10 @@ class Config:
             raise ValueError("'train.sampled_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
             raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
-        if not 0 <= t.warm_depth <= self.model.max_depth or t.warm_up and self.stage == "dpo":
-            raise ValueError(f"'train.warm_depth' {t.warm_depth} must lie in 1..{self.model.max_depth}, or be 0; no 'warm_up' in dpo")
+        if not 0 <= t.warm_depth <= self.model.max_depth:
+            raise ValueError(f"'train.warm_depth' {t.warm_depth} must lie in 1..{self.model.max_depth}, or be 0")
+        if t.warm_up and self.stage == "dpo":
+            raise ValueError("'train.warm_up' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.dpo.depth > self.model.max_depth:
             raise ValueError(f"'dpo.depth' {self.dpo.depth} must lie in 1..{self.model.max_depth}, or be 0")
 

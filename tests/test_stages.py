@@ -345,8 +345,8 @@ def test_reference_log_probabilities_are_those_of_a_direct_forward(finished):
         ("sft", "--train.epochs=0", "'train.epochs' must be at least 1"),
         ("sft", "--dpo.beta=0.2", "[dpo] has no use in the stage sft"),
         ("sft", "--model.max_depth=6", "model.max_depth: 4 -> 6"),
-        ("sft", "--model.halting=exit", "tune with --model.halting=fixed first"),
-        ("dpo", "--model.halting=exit", "tune with --model.halting=fixed first"),
+        ("dpo", "--model.halting=exit", "has no head for 'model.halting = exit', and the stage dpo fits none"),
+        ("dpo", "--train.warm_up=0.5", "'train.warm_up' has no use in the stage dpo"),
         ("sft", "--eval.depths=[5]", "'eval.depths' has 5; this model's depths are 1..4"),
         ("dpo", "--dpo.depth=5", "'dpo.depth' 5 must lie in 1..4"),
         ("dpo", "--dpo.loss=hinge", "'dpo.loss' must be one of 'sigmoid', 'sigmoid_norm', not 'hinge'"),
@@ -363,11 +363,14 @@ def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, stage, 
     assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
 
 
-def test_a_model_with_an_exit_head_is_tuned_without_it(workplace, write_run, monkeypatch, capsys):
+def test_an_exit_head_is_fitted_to_conversations(workplace, write_run, monkeypatch):
+    """Tuning keeps the rule: all is trained, and the head follows."""
     write_run(workplace / "exit", halting="exit")
-    assert run(monkeypatch, "sft", "--out=other", "--init=./exit") == 2
-    assert "the stage sft would train nothing but the head of 'model.halting = exit'" in capsys.readouterr().err
-    assert run(monkeypatch, "sft", "--out=other", "--init=./exit", "--model.halting=fixed") == 0
+    assert run(monkeypatch, "sft", "--out=other", "--init=./exit", "--train.exit_interval=2") == 0
+    before, after = (checkpoint.load_model(name)[0] for name in ("./exit", "./other"))
+    assert after.config.halting == "exit"
+    changed = {k for k, x in after.state_dict().items() if not torch.equal(x, before.state_dict()[k])}
+    assert {"embedding.weight", "recur.0.down.weight", "halting.weight", "halting.bias"} <= changed
 
 
 def test_pretraining_data_are_no_chats(workplace, prepared, monkeypatch, capsys):

@@ -394,29 +394,67 @@ def test_packing_learns_the_same(workplace, monkeypatch):
     assert [line["depth"] for line in packed] == [line["depth"] for line in dense]
 
 
-def test_an_exit_head_is_trained_on_a_frozen_model(workplace, monkeypatch, capsys):
-    """Of a model without one; the same command goes on after a stop, and the head's rule decides in the evaluation."""
-    base = ["--train.sampled_depth=2", "--train.target_depth=0", "--train.ponder_weight=0", "--model.halting=fixed"]
-    assert run(monkeypatch, *base, "--out=./base") == 0
-    text = CONFIG.split("[model]")[0] + 'init = "./base"\n[model]\nhalting = "exit"\ntolerance = 0.01\n'
-    text += "[data]" + CONFIG.split("[data]")[1].replace("target_depth = 2.0", "").replace("ponder_weight = 0.01", "")
-    (workplace / "tiny.toml").write_text(text)
+EXIT = ["--model.halting=exit", "--train.ponder_weight=0", "--train.exit_interval=2"]
+JOINT = [*EXIT, "--train.sampled_depth=2", "--train.sampled_by=token", "--train.sampled_share=0.5"]
+
+
+def interrupt(monkeypatch, at):
+    """Ctrl-C before step `at` + 1, once."""
     step = train.Trainer.train_step
 
     def interrupted(self):
-        if self.step == 7:
+        if self.step == at:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
+    monkeypatch.setattr(train.Trainer, "train_step", interrupted)
+
+
+def test_an_exit_head_is_fitted_along_with_training(workplace, monkeypatch, capsys):
+    """Some tokens draw a depth and the others go by the head; the tolerance follows the target, and a stop changes
+    neither."""
+    settings = [*JOINT, "--train.capacities=[0.5, 0.7]"]
+    assert run(monkeypatch, *settings, "--out=./whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", interrupted)
-        assert run(monkeypatch, "--optim.adamw_lr=0.1") == 0
-    assert run(monkeypatch, "--optim.adamw_lr=0.1") == 0 and "going on from" in capsys.readouterr().out
+        interrupt(patch, 7)
+        assert run(monkeypatch, *settings, "--out=./parts") == 0
+    assert run(monkeypatch, *settings, "--out=./parts") == 0 and "going on from" in capsys.readouterr().out
+    assert_same_run(workplace / "parts", workplace / "whole")
+    lines = [line for line in curve(workplace / "whole") if line["event"] == "train"]
+    assert lines[0]["tolerance"] == 0.1 and len({line["tolerance"] for line in lines}) > 3  # of every second step
+    model, meta = checkpoint.load_model("whole")
+    assert model.halting.weight[:-1].any() and not model.halting.weight[-1].any()
+    assert model.config.tolerance == lines[-1]["tolerance"] == meta["config"]["model"]["tolerance"]
+    assert np.mean([line["depth"] for line in lines[4:]]) == pytest.approx(2, abs=0.3)
+
+
+def test_warming_up_takes_one_depth_and_fits_nothing(workplace, monkeypatch):
+    settings = [*JOINT, "--train.warm_up=0.5", "--train.warm_depth=2"]
+    fits, fit = [], train.Trainer.fit_exit
+    monkeypatch.setattr(train.Trainer, "fit_exit", lambda self, *a: fits.append(self.step) or fit(self, *a))
+    assert run(monkeypatch, *settings) == 0
+    depths = [line["depth"] for line in curve(workplace / "run") if line["event"] == "train"]
+    assert depths[: STEPS // 2] == [2.0] * (STEPS // 2) and all(depth % 1 for depth in depths[STEPS // 2 :])
+    assert fits == list(range(STEPS // 2, STEPS, 2))
+
+
+def test_an_exit_head_is_fitted_to_a_frozen_model(workplace, monkeypatch, capsys):
+    """Of a model without one; the same command goes on after a stop, and nothing else changes."""
+    base = ["--train.sampled_depth=2", "--train.target_depth=0", "--train.ponder_weight=0", "--model.halting=fixed"]
+    assert run(monkeypatch, *base, "--out=./base") == 0
+    text = CONFIG.split("[model]")[0] + 'init = "./base"\n[model]\nhalting = "exit"\ntolerance = 0.01\n'
+    text += "[data]" + CONFIG.split("[data]")[1].replace("ponder_weight = 0.01", "frozen = true\nexit_interval = 1")
+    (workplace / "tiny.toml").write_text(text)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        assert run(monkeypatch) == 0
+    assert run(monkeypatch) == 0 and "going on from" in capsys.readouterr().out
     before, after = (checkpoint.load_model(name)[0].state_dict() for name in ("./base", "./run"))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert after.keys() - before.keys() == {"halting.weight", "halting.bias"} and after["halting.weight"].any()
-    objective = [line["objective"] for line in curve(workplace / "run") if line["event"] == "train"]
-    assert len(objective) == STEPS and objective[-1] < objective[0]
+    lines = curve(workplace / "run")
+    assert len([line for line in lines if line["event"] == "train"]) == STEPS
+    assert 1 < lines[-1]["macro"]["depth"] < 3  # by the head, at the tolerance of the target
     assert run(monkeypatch, "--model.hidden=48", "--out=other") == 2
     assert "is of another architecture" in capsys.readouterr().err
 
@@ -480,8 +518,15 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ('--train.fp8_gemms=["forwards"]', "'fp8_gemms' has 'forwards'; known are forward, input_grad, weight_grad"),
         ("--train.micro_batch=3", "must be a multiple of 'train.micro_batch' 3"),
         ("--train.target_depth=9", "must lie in 1..3"),
-        ("--train.sampled_depth=2", "'train.target_depth' needs 'model.halting = act' and no 'train.sampled_depth'"),
-        ("--model.halting=fixed", "needs 'model.halting = act'"),
+        ("--train.sampled_depth=2", "needs 'model.halting = exit', or 'act' and no 'train.sampled_depth'"),
+        ("--model.halting=fixed", "'train.target_depth' needs 'model.halting = exit', or 'act'"),
+        ("--train.sampled_share=0.5", "'train.sampled_share' needs 'model.halting = exit'"),
+        ("--train.sampled_share=2", "'sampled_share' lie in [0, 1]"),
+        ("--train.frozen=true", "'train.frozen' needs 'model.halting = exit' and 'init'"),
+        ("--train.exit_interval=0", "'exit_interval' must be at least 1"),
+        ("--train.warm_up=1", "'warm_up' in [0, 1)"),
+        ("--train.warm_depth=4", "'train.warm_depth' 4 must lie in 1..3, or be 0"),
+        ("--model.min_depth=2", "'min_depth' 2 must lie in 1..'max_depth', and be 1 with 'halting = act'"),
         ("--train.sampled_by=token", "'train.sampled_by = token' has no use without 'train.sampled_depth'"),
         ("--train.capacities=[0.5, 1.5]", "'capacities' are shares between 0 and 1, not 1.5"),
         ("--eval.depths=[4]", "depths are 1..3"),
@@ -498,11 +543,6 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
 )
 def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, override, message):
     assert message in refused(monkeypatch, capsys, override)
-
-
-def test_an_exit_head_is_trained_at_all_depths(workplace, monkeypatch, capsys):
-    settings = ["--train.target_depth=0", "--train.sampled_depth=2", "--model.halting=exit"]
-    assert "'train.sampled_depth' has no use with 'model.halting = exit'" in refused(monkeypatch, capsys, *settings)
 
 
 def test_a_missing_config_names_the_nearest(monkeypatch, capsys):
