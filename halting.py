@@ -146,12 +146,13 @@ class PonderWeight:
 
 class ExitFit:
     """The head of `halting = exit`, fitted by least squares: for every step n but the last a linear function of the
-    normalised state that expects what the next one wins, nll_n - nll_(n+1), in nats: `tolerance` is the price of a step.
+    normalised state, which expects what the next step wins, nll_n - nll_(n+1), in nats. So `tolerance` is the price of
+    a step.
 
     It is solved for, by normal equations with a ridge, as what a token wins says little (correlations of 0.1) and
     gradient steps learn nothing of it (docs/LOG.md). Older text counts less, `decay` a batch, as the model moves on.
-    With a target depth, the tolerance follows at which so many steps are taken on average: measured on text before the
-    head is fitted to it."""
+    With a target depth the tolerance follows at which so many steps are taken on average: measured on text before the
+    head is fitted to it. sums: (N - 1, D + 2, D + 2), all that a checkpoint needs."""
 
     def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.5):
         N, D = model.config.max_depth, model.config.width

@@ -48,8 +48,9 @@ class ModelConfig:
     max_depth: int = 8  # N, how often the R blocks are applied
     share: bool = True  # false: N x R own blocks, a stacked transformer
     # Who decides on the depth of a token: nobody (fixed); a head that is trained with the model (act); or, with the
-    # newest state as output, a head that is fitted to what steps win (exit, see halting.ExitFit), once the next is
-    # expected to win less than `tolerance` nats; or the state itself (stability), once a step changes it, normalised, by less (RMS).
+    # newest state as output, a head that is fitted to what steps win (exit, see halting.ExitFit), once the next one is
+    # expected to win less than `tolerance` nats; or the state itself (stability), once a step changes it, normalised,
+    # by less than `tolerance` (RMS).
     halting: Literal["fixed", "act", "exit", "stability"] = "act"
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop

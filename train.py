@@ -90,7 +90,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"'{name}' must not be negative, as {getattr(self, name)} is")
         if self.exit_interval < 1 or not 0 <= self.sampled_share <= 1 or not 0 <= self.warm_up < 1:
-            raise ValueError("'exit_interval' must be at least 1, 'sampled_share' lie in [0, 1] and 'warm_up' in [0, 1)")
+            raise ValueError("'exit_interval' must be at least 1, 'sampled_share' in [0, 1] and 'warm_up' in [0, 1)")
         starts = [start for start, _ in self.memory]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
             raise ValueError(f"'memory' must be [[0.0, length], [fraction, length], ...] in rising order, not {starts}")
