@@ -247,7 +247,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         exits, target = cfg.model.halting == "exit", self.t.target_depth
         self.ponder = PonderWeight(self.t.ponder_weight, 0 if exits else target, self.t.ponder_rate)
-        self.exit = ExitFit(self.model, target) if exits else None
+        self.exit = ExitFit(self.model, target) if exits and cfg.model.max_depth > 1 else None
 
         self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
         self.data_state = self.stage.reader.state()
