@@ -265,6 +265,12 @@ def test_bfloat16(run_folder, model, load, batch, tmp_path):
     assert small.generate(**batch, max_new_tokens=3).shape == (3, batch.input_ids.shape[1] + 3)
 
 
+def test_the_tolerance_is_not_rounded_to_bfloat16(write_run, load, tmp_path):
+    run = write_run(tmp_path / "run", halting="exit", tolerance=0.1)
+    export_hf.export(run, tmp_path / "out", torch.bfloat16)
+    assert load(tmp_path / "out").model.tolerance.equal(torch.tensor(0.1))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -273,6 +279,7 @@ def test_bfloat16(run_folder, model, load, batch, tmp_path):
         dict(share=False, injection="concat_linear", step_gains=False),
         dict(halting="fixed", injection="none"),
         dict(sandwich=True, injection="hyper"),
+        dict(halting="exit", tolerance=0.7),
     ],
 )
 def test_other_architectures(changes, write_run, load, tokenizer, tmp_path):
