@@ -323,13 +323,12 @@ def test_to_look_at_exit_gains_leaves_the_memory_as_it_is():
     torch.testing.assert_close(out.nll, whole, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("rule", [{"halting": "exit", "tolerance": 99.0}, {"halting": "stability", "tolerance": 99.0}])
+@pytest.mark.parametrize("rule", ["exit", "stability"])
 @torch.no_grad()
 def test_no_token_halts_before_the_least_depth(rule):
     for least in (1, 3, 5):
-        for packing in (0, 8):
-            model = build(min_depth=least, **rule)
-            model.packing = packing
+        model = build(halting=rule, tolerance=99.0, min_depth=least)
+        for model.packing in (0, 8):
             assert (model(text()).depth == least).all()
 
 
@@ -363,17 +362,18 @@ def test_the_exit_head_is_fitted_to_what_steps_win():
 
 def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():
     model, again = build(halting="exit"), build(halting="exit")
-    fit, weight, bias = ExitFit(model, decay=0.5, ridge=1e-6), torch.randn(4, 32), torch.zeros(4)
+    weight, bias = torch.randn(4, 32), torch.zeros(4)
+    fit, resumed = (ExitFit(x, target_depth=2, decay=0.5, ridge=1e-6) for x in (model, again))
     fit.update(*linear_gains(200, -weight, bias))
     for _ in range(30):
         fit.update(*linear_gains(200, weight, bias))
     torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-4, rtol=0)
-    resumed = ExitFit(again, decay=0.5, ridge=1e-6)
+    again.load_state_dict(model.state_dict())
     resumed.load(fit.sums)
     new = linear_gains(200, weight, bias)
     fit.update(*new)
     resumed.update(*new)
-    assert resumed.fitted and torch.equal(again.halting.weight[:-1], model.halting.weight[:-1])
+    assert torch.equal(again.halting.weight, model.halting.weight) and again.tolerance == model.tolerance
 
 
 def test_the_exit_head_is_not_fitted_to_what_is_not_finite_or_not_there():
@@ -685,16 +685,23 @@ def test_impossible_models_are_refused_with_the_reason(changes, message):
         build(**changes)
 
 
-def test_one_graph_serves_every_step_and_depth_and_a_memory_length_adds_one(monkeypatch):
-    """Of training: what differs between the first recurrence and the rest must not make graphs of its own."""
-    graphs, original = [], torch.compile
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that models have been compiled to."""
+    found, original = [], torch.compile
 
     def counted(graph, inputs):
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: original(f, backend=counted, dynamic=dynamic))
     torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def test_one_graph_serves_every_step_and_depth_and_a_memory_length_adds_one(graphs):
+    """Of training: what differs between the first recurrence and the rest must not make graphs of its own."""
     model = build(halting_bias=-1.0)
     model.compile()
     tokens = torch.randint(1, V, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -710,19 +717,25 @@ def test_one_graph_serves_every_step_and_depth_and_a_memory_length_adds_one(monk
     first = train(8)
     assert train(8, depth=3) == train(8, depth=2) == first
     assert train(24) == first + 1
-    torch._dynamo.reset()
 
 
-def test_a_capacity_is_a_graph(monkeypatch):
+def test_an_exit_head_that_is_fitted_and_its_tolerance_add_no_graph(graphs):
+    model, tokens = build(halting="exit", tolerance=1.2), text(length=21)
+    model.compile()
+    part, depth = (tokens[:, :-1], tokens[:, 1:]), torch.arange(60).view(3, 20) % 6
+    fit, found, depths = ExitFit(model, target_depth=3), [], []
+    for _ in range(3):
+        states, gains = model.exit_gains(*part)
+        fit.update(states.flatten(1, 2), gains.flatten(1))
+        model(*part, depth=depth).loss.backward()
+        with torch.no_grad():
+            depths.append(model(*part).depth.float().mean().item())
+        found.append(len(graphs))
+    assert found[0] == found[2] > 0 and depths[0] != depths[1] == pytest.approx(3, abs=0.5)
+
+
+def test_a_capacity_is_a_graph(graphs, monkeypatch):
     """Of the second part of a step; the first is one graph for all, and the second one more where nothing is packed."""
-    graphs, original = [], torch.compile
-
-    def counted(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: original(f, backend=counted, dynamic=dynamic))
-    torch._dynamo.reset()
     model, tokens = build(), text(2, 33)
     model.capacities = (0.25, 0.5, 0.75)
     model.compile()
@@ -744,22 +757,13 @@ def test_a_capacity_is_a_graph(monkeypatch):
     assert train([1, 2, 3, 5]) == dense + 3 and set(asked) == {None, 48, 32, 16}
     assert train([1, 1, 2, 4]) == train([3, 3, 1, 3]) == dense + 3
     assert train([1, 2, 3, 5], length=24) == dense + 4  # only the attention knows of memory
-    torch._dynamo.reset()
 
 
 @torch.no_grad()
-def test_scoring_by_a_compiled_model_leaves_out_halted_tokens(monkeypatch):
+def test_scoring_by_a_compiled_model_leaves_out_halted_tokens(graphs, monkeypatch):
     """As traced: the results are those of the dense recurrence, and each number of rows is a graph of each half of a
     step, once: other tokens and depths add none."""
-    graphs, original, used = [], torch.compile, []
-
-    def counted(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: original(f, backend=counted, dynamic=dynamic))
-    torch._dynamo.reset()
-    model, dense = build(max_depth=8), build(max_depth=8)
+    model, dense, used = build(max_depth=8), build(max_depth=8), []
     dense.packing, model.capacities = 0, (0.25, 0.5, 0.75)
     model.compile()
     capacity = model._capacity
@@ -784,7 +788,6 @@ def test_scoring_by_a_compiled_model_leaves_out_halted_tokens(monkeypatch):
     for seed in range(5, 9):
         score(seed, -1.1)
     assert len(graphs) == found
-    torch._dynamo.reset()
 
 
 def pair_loss(nll):
