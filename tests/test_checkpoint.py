@@ -186,8 +186,19 @@ def test_weights_of_another_architecture_are_refused(run_folder, tiny_model):
         checkpoint.load_weights(tiny_model(prelude=1), path)
     with pytest.raises(CheckpointError, match=r"'halting.bias' is \(1,\) there and absent here"):
         checkpoint.load_weights(tiny_model(halting="fixed"), path)
-    with pytest.raises(CheckpointError, match=r"\(1,\) there and \(4,\) here; it is an exit head .* train it anew"):
+    with pytest.raises(CheckpointError, match=r"\(1,\) there and \(4,\) here; it is an exit head of before, .* fit it"):
         checkpoint.load_weights(tiny_model(halting="exit"), path)
+
+
+def test_an_exit_head_with_a_bias_but_no_weights_for_each_step_is_refused(tmp_path, tiny_model):
+    model, path = tiny_model(halting="exit"), checkpoint.begin(tmp_path, 1)
+    weights = model.state_dict()
+    checkpoint.write_tensors(path, "model", weights | {"halting.weight": weights["halting.weight"][:1]})
+    path = checkpoint.finish(path, {})
+    with pytest.raises(CheckpointError, match=r"'halting.weight' is \(1, 32\) there and \(4, 32\) .* fit it anew"):
+        checkpoint.load_weights(model, path)
+    with pytest.raises(CheckpointError, match=r"'gains' is \(4, .* here$"):
+        checkpoint.load_weights(tiny_model(halting="exit", max_depth=3), path)
 
 
 def test_a_model_of_other_code_is_refused(tmp_path, write_run):
