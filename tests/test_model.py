@@ -731,7 +731,7 @@ def test_an_exit_head_that_is_fitted_and_its_tolerance_add_no_graph(graphs):
         with torch.no_grad():
             depths.append(model(*part).depth.float().mean().item())
         found.append(len(graphs))
-    assert found[0] == found[2] > 0 and depths[0] != depths[1] == pytest.approx(3, abs=0.5)
+    assert found[0] == found[2] > 0 and depths[0] != depths[1] == pytest.approx(3, abs=0.75)
 
 
 def test_a_capacity_is_a_graph(graphs, monkeypatch):
