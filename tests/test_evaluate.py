@@ -260,6 +260,17 @@ def test_a_tolerance_makes_tokens_of_a_fixed_model_halt(tmp_path, write_run, tex
     assert rows[0]["macro"]["nats"] == pytest.approx(rows[1]["macro"]["nats"])
 
 
+def test_an_exit_head_has_a_tolerance_of_its_own(tmp_path, write_run, texts, capsys):
+    """It is the one that it goes by where no other is named, whichever were named before."""
+    write_run(tmp_path, halting="exit", tolerance=0.7)
+    argv = ["--data", texts, "--tolerance", -99, 0.7, 99, "--sliding", 64, "--json", tmp_path / "t.json"]
+    assert run(capsys, "perplexity", tmp_path, *argv, "--device", "cpu")[0] == 0
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    for part in (rows[:4], rows[4:]):
+        depths = [row["macro"]["depth"] for row in part]
+        assert depths[1] == 4 > depths[0] == depths[2] > depths[3] == 1
+
+
 def test_bad_input_is_one_line(run_folder, texts, tmp_path, capsys, monkeypatch):
     cases = [
         (["perplexity", tmp_path / "no"], "no such folder"),
