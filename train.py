@@ -137,7 +137,8 @@ class Config:
             raise ValueError("'train.dtype = fp8' has no use in the stage dpo: its error would be taken for a reward")
         if self.stage != "dpo" and self.dpo != DPOConfig():
             raise ValueError(f"[dpo] has no use in the stage {self.stage}; leave it out")
-        self.check_depths()
+        if not self.init or self.model != ModelConfig():  # else `with_model` does, which knows the model
+            self.check_depths()
 
     def check_depths(self):
         if wrong := [k for k in self.eval.depths if not 1 <= k <= self.model.max_depth]:
@@ -187,7 +188,9 @@ class Config:
         if self.stage == "dpo" and rule.get("halting") == "exit" != model.halting:
             raise ConfigError(f"'init' {self.init} has no head for 'model.halting = exit', and the stage dpo fits none")
         try:
-            return dataclasses.replace(self, model=dataclasses.replace(model, **rule))
+            cfg = dataclasses.replace(self, model=dataclasses.replace(model, **rule))
+            cfg.check_depths()
+            return cfg
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

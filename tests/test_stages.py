@@ -346,6 +346,7 @@ def test_reference_log_probabilities_are_those_of_a_direct_forward(finished):
         ("sft", "--dpo.beta=0.2", "[dpo] has no use in the stage sft"),
         ("sft", "--model.max_depth=6", "model.max_depth: 4 -> 6"),
         ("dpo", "--model.halting=exit", "has no head for 'model.halting = exit', and the stage dpo fits none"),
+        ("dpo", "--train.frozen=true", "'train.frozen' has no use in the stage dpo"),
         ("dpo", "--train.warm_up=0.5", "'train.warm_up' has no use in the stage dpo"),
         ("sft", "--eval.depths=[5]", "'eval.depths' has 5; this model's depths are 1..4"),
         ("dpo", "--dpo.depth=5", "'dpo.depth' 5 must lie in 1..4"),
@@ -363,14 +364,38 @@ def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, stage, 
     assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
 
 
-def test_an_exit_head_is_fitted_to_conversations(workplace, write_run, monkeypatch):
-    """Tuning keeps the rule: all is trained, and the head follows."""
+def test_a_model_with_an_exit_head_keeps_it(workplace, write_run, monkeypatch):
+    """SFT trains the model and fits the head anew, at a tolerance for the target depth; DPO trains the model alone."""
     write_run(workplace / "exit", halting="exit")
-    assert run(monkeypatch, "sft", "--out=other", "--init=./exit", "--train.exit_interval=2") == 0
-    before, after = (checkpoint.load_model(name)[0] for name in ("./exit", "./other"))
-    assert after.config.halting == "exit"
-    changed = {k for k, x in after.state_dict().items() if not torch.equal(x, before.state_dict()[k])}
-    assert {"embedding.weight", "recur.0.down.weight", "halting.weight", "halting.bias"} <= changed
+    changes = ["--init=./exit", "--out=./tuned", "--train.target_depth=2", "--train.exit_interval=1"]
+    assert run(monkeypatch, "sft", *changes) == 0
+    assert run(monkeypatch, "dpo", "--init=./tuned", "--out=./preferring", "--eval.answers=0") == 0
+    first, tuned, preferring = (checkpoint.load_model(name)[0] for name in ("./exit", "./tuned", "./preferring"))
+    assert all(not torch.equal(x, y) for x, y in zip(first.parameters(), tuned.parameters()))
+    steps = [line for line in curve(workplace / "tuned") if line["event"] == "train"]
+    assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["tolerance"] == tuned.config.tolerance
+    same = [name for name, x in tuned.state_dict().items() if torch.equal(x, preferring.state_dict()[name])]
+    assert same == ["halting.weight", "halting.bias"] and preferring.config == tuned.config
+    assert tuned.config.halting == "exit"
+
+
+def test_what_an_exit_head_can_do_needs_no_model_in_the_config(workplace, write_run, monkeypatch, capsys):
+    """It is the one of `init`, tolerance and all."""
+    write_run(workplace / "exit", halting="exit", tolerance=0.7)
+    mixed = ["--train.sampled_depth=3", "--train.sampled_by=token", "--train.sampled_share=0.5", "--out=./mixed"]
+    assert run(monkeypatch, "sft", "--init=./exit", *mixed) == 0
+    assert checkpoint.load_model("./mixed")[0].config.tolerance == 0.7
+    assert run(monkeypatch, "sft", "--init=./mixed", "--out=./frozen", "--train.frozen=true") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "sft", *mixed[:3], "--out=./other") == 2
+    assert "'train.sampled_share' needs 'model.halting = exit'" in capsys.readouterr().err
+
+
+def test_an_exit_head_can_be_left_behind_or_made_by_sft(workplace, write_run, monkeypatch):
+    write_run(workplace / "with_head", halting="exit")
+    for init, halting in (("./with_head", "fixed"), ("./base", "exit")):
+        assert run(monkeypatch, "sft", f"--init={init}", f"--out=./{halting}", f"--model.halting={halting}") == 0
+        assert checkpoint.load_model(f"./{halting}")[0].config.halting == halting
 
 
 def test_pretraining_data_are_no_chats(workplace, prepared, monkeypatch, capsys):

@@ -428,6 +428,24 @@ def test_an_exit_head_is_fitted_along_with_training(workplace, monkeypatch, caps
     assert np.mean([line["depth"] for line in lines[4:]]) == pytest.approx(2, abs=0.3)
 
 
+def test_two_processes_fit_one_exit_head(workplace, monkeypatch):
+    settings = [
+        *EXIT,
+        "--train.sampled_depth=2",
+        "--train.sampled_by=token",
+        "--train.micro_batch=0",
+        "--train.target_depth=0",
+        "--optim.lr=0.03",
+    ]
+    assert run(monkeypatch, *settings, "--out=one") == 0
+    halves = launch(workplace, "tiny.toml", *settings, "--out=two", processes=2)
+    assert halves.returncode == 0, halves.stderr
+    one, two = (checkpoint.load_model(name)[0].halting.weight for name in ("one", "two"))
+    assert (two - one).norm() < 0.05 * one.norm()
+    one, two = (checkpoint.read_tensors(checkpoint.find(name), "optimizer")["exit/sums"] for name in ("one", "two"))
+    assert torch.equal(two[:, -2, -2], one[:, -2, -2])  # the number of tokens
+
+
 def test_warming_up_takes_one_depth_and_fits_nothing(workplace, monkeypatch):
     settings = [*JOINT, "--train.warm_up=0.5", "--train.warm_depth=2"]
     fits, fit = [], train.Trainer.fit_exit
