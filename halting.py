@@ -1,5 +1,5 @@
-"""Which tokens go on: the state of adaptive computation time, the tokens that a step still computes, and the weight by
-which depth is steered.
+"""Which tokens go on: the state of adaptive computation time, the tokens that a step still computes, the weight by
+which depth is steered, and the fit of an exit head.
 
 Shapes: B batch, T segment length, D width.
 """
@@ -157,10 +157,8 @@ class ExitFit:
     def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.5):
         N, D = model.config.max_depth, model.config.width
         self.model, self.target_depth, self.decay, self.ridge = model, target_depth, decay, ridge
-        zeros = partial(torch.zeros, device=model.embedding.weight.device)
         # features and gain are one row: their products are Gram matrix and right side at once
-        self.sums = zeros(N - 1, D + 2, D + 2)
-        self.fitted = False
+        self.sums = torch.zeros(N - 1, D + 2, D + 2, device=model.embedding.weight.device)
 
     @torch.no_grad()
     def update(self, states, gains):
@@ -171,15 +169,10 @@ class ExitFit:
             dist.all_reduce(products)
         if not (products.isfinite().all() and products[0, -2, -2]):  # or there is no token at all
             return
-        if self.fitted and self.target_depth:
+        if self.target_depth and self.sums.any():  # a head has been fitted
             self.steer(states)
         self.sums.mul_(self.decay).add_(products)
         self.solve()
-
-    def load(self, sums):
-        """Go on from the `sums` of a checkpoint."""
-        self.sums.copy_(sums)
-        self.fitted = bool(self.sums.any())
 
     def solve(self):
         D = self.sums.shape[1] - 2
@@ -190,7 +183,6 @@ class ExitFit:
         solution = torch.linalg.solve(gram, moment)[..., 0].float()
         head = self.model.halting
         head.weight[:-1], head.bias[:-1] = solution[:, :D], solution[:, D]
-        self.fitted = True
 
     def steer(self, states):
         """Set the tolerance at which tokens with these states take `target_depth` steps on average."""

@@ -129,10 +129,9 @@ class Config:
             raise ValueError(f"'data.weights' is not used in the stage {self.stage}; leave it out")
         if not pretraining and not self.init:
             raise ValueError(f"'init' is missing: the stage {self.stage} goes on from a model; name its run folder")
-        if self.stage == "dpo" and t.target_depth:
-            raise ValueError("'train.target_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
-        if self.stage == "dpo" and t.frozen:
-            raise ValueError("'train.frozen' has no use in the stage dpo, which fits no head")
+        for name in ("target_depth", "sampled_depth", "warm_up", "frozen"):
+            if self.stage == "dpo" and getattr(t, name):
+                raise ValueError(f"'train.{name}' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.stage == "dpo" and t.dtype == "fp8":
             raise ValueError("'train.dtype = fp8' has no use in the stage dpo: its error would be taken for a reward")
         if self.stage != "dpo" and self.dpo != DPOConfig():
@@ -150,20 +149,12 @@ class Config:
             raise ValueError("'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by = token'")
         if t.frozen and (halting != "exit" or not self.init or t.sampled_depth):
             raise ValueError("'train.frozen' needs 'model.halting = exit' and 'init', and no 'train.sampled_depth'")
-        if self.train.sampled_depth and not 1 <= self.train.sampled_depth <= self.model.max_depth:
-            raise ValueError(f"'train.sampled_depth' {self.train.sampled_depth} must lie in 1..{self.model.max_depth}")
-        if self.train.sampled_by == "token" and not self.train.sampled_depth:
+        if t.sampled_by == "token" and not t.sampled_depth:
             raise ValueError("'train.sampled_by = token' has no use without 'train.sampled_depth', the mean")
-        if self.train.sampled_depth and self.stage == "dpo":
-            raise ValueError("'train.sampled_depth' has no use in the stage dpo: every token takes 'dpo.depth' steps")
-        if self.train.target_depth and not 1 <= self.train.target_depth <= self.model.max_depth:
-            raise ValueError(f"'train.target_depth' {self.train.target_depth} must lie in 1..{self.model.max_depth}")
-        if not 0 <= t.warm_depth <= self.model.max_depth:
-            raise ValueError(f"'train.warm_depth' {t.warm_depth} must lie in 1..{self.model.max_depth}, or be 0")
-        if t.warm_up and self.stage == "dpo":
-            raise ValueError("'train.warm_up' has no use in the stage dpo: every token takes 'dpo.depth' steps")
-        if self.dpo.depth > self.model.max_depth:
-            raise ValueError(f"'dpo.depth' {self.dpo.depth} must lie in 1..{self.model.max_depth}, or be 0")
+        depths = {f"train.{name}": getattr(t, name) for name in ("sampled_depth", "target_depth", "warm_depth")}
+        for name, value in (depths | {"dpo.depth": self.dpo.depth}).items():
+            if value and not 1 <= value <= self.model.max_depth:
+                raise ValueError(f"'{name}' {value} must lie in 1..{self.model.max_depth}, or be 0")
 
     def with_model(self):
         """This configuration with the architecture of the model at `init`. Raises `CheckpointError`, `ConfigError`."""
@@ -468,7 +459,7 @@ class Trainer:
         if "fp8/history" in state and self.model.scales is not None:
             self.model.scales.load(state["fp8/history"])
         if self.exit:
-            self.exit.load(state.pop("exit/sums"))
+            self.exit.sums.copy_(state.pop("exit/sums"))
             self.model.set_tolerance(new["model"]["tolerance"])
             self.cfg.model = self.model.config
         checkpoint.load_optimizers(self.model, self.optimizers, state)

@@ -369,7 +369,7 @@ def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():
         fit.update(*linear_gains(200, weight, bias))
     torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-4, rtol=0)
     again.load_state_dict(model.state_dict())
-    resumed.load(fit.sums)
+    resumed.sums.copy_(fit.sums)
     new = linear_gains(200, weight, bias)
     fit.update(*new)
     resumed.update(*new)
