@@ -1,5 +1,6 @@
 """Instruction and preference tuning: losses against slow references, exact resume, and doors that stay shut."""
 
+import functools
 import json
 import shutil
 import signal
@@ -19,7 +20,7 @@ import decoding
 import prepare_chat
 import stages
 import train
-from launching import assert_same_run, curve, launch
+from launching import assert_same_run, curve, launch, signals_put_back
 
 CONFIGS = {
     "sft": """
@@ -71,6 +72,10 @@ adamw_lr = 3e-3
 }
 
 
+# A random model hardly ever ends its answers, and 256 tokens take longer than all the rest of a run.
+SHORT = "import stages, functools\nstages.write_answers = functools.partial(stages.write_answers, limit=16)\n"
+
+
 def rows_of_chats(n):
     for i in range(n):
         turns = [{"role": "user", "content": f"What comes after {i}?"}, {"role": "assistant", "content": f"{i + 1}"}]
@@ -95,14 +100,12 @@ def finished(tmp_path_factory, write_run):
         raw["domains"] = {"ours": {"sources": [{"files": str(folder / f"{name}.jsonl")}]}}
         prepare_chat.prepare(config.from_dict(raw, prepare_chat.ChatConfig, "test"), workers=1)
     write_run(folder / "base")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch, signals_put_back():
         monkeypatch.chdir(folder)
+        shorten_answers(monkeypatch)
         for stage, text in CONFIGS.items():
             (folder / f"{stage}.toml").write_text(text)
             assert run(monkeypatch, stage) == 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return folder
 
 
@@ -112,10 +115,14 @@ def workplace(tmp_path, finished, monkeypatch):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "dpo")
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    shorten_answers(monkeypatch)
+    with signals_put_back():
+        yield tmp_path
+
+
+def shorten_answers(monkeypatch):
+    """As `SHORT` does it in processes of their own."""
+    monkeypatch.setattr(stages, "write_answers", functools.partial(stages.write_answers, limit=16))
 
 
 def run(monkeypatch, stage, *overrides):
@@ -247,7 +254,7 @@ def test_micro_batches_and_processes_change_nothing(workplace, finished, monkeyp
     if stage == "sft":
         assert run(monkeypatch, stage, "--out=again", "--train.micro_batch=4") == 0
     else:  # the packing of pairs depends on the micro-batch, so compare processes
-        result = launch(workplace, f"{stage}.toml", "--out=again", processes=2)
+        result = launch(workplace, f"{stage}.toml", "--out=again", before=SHORT, processes=2)
         assert result.returncode == 0, result.stderr
     found = [line for line in curve(workplace / "again") if line["event"] == "train"]
     assert len(found) == len(reference)
@@ -290,7 +297,7 @@ def killed(self):
     return metrics
 train.Trainer.train_step = killed
 """
-    assert launch(workplace, f"{stage}.toml", before=kill).returncode == -signal.SIGKILL
+    assert launch(workplace, f"{stage}.toml", before=SHORT + kill).returncode == -signal.SIGKILL
     assert run(monkeypatch, stage) == 0 and "going on from" in capsys.readouterr().out
     assert_same_run(workplace / stage, finished / stage)
 

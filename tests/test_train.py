@@ -17,7 +17,7 @@ import config
 import halting
 import prepare_data
 import train
-from launching import ROOT, assert_same_run, curve, launch
+from launching import ROOT, assert_same_run, curve, launch, signals_put_back, torchrun
 from model import RecurrentTransformer
 from sources import Source
 
@@ -66,10 +66,8 @@ def workplace(tmp_path, prepared, monkeypatch):
     shutil.copytree(prepared, tmp_path / "data")
     (tmp_path / "tiny.toml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with signals_put_back():
+        yield tmp_path
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +76,9 @@ def reference(tmp_path_factory, prepared):
     folder = tmp_path_factory.mktemp("reference")
     shutil.copytree(prepared, folder / "data")
     (folder / "tiny.toml").write_text(CONFIG)
-    assert launch(folder, "tiny.toml").returncode == 0
+    with pytest.MonkeyPatch.context() as monkeypatch, signals_put_back():
+        monkeypatch.chdir(folder)
+        assert run(monkeypatch) == 0
     return folder
 
 
@@ -271,7 +271,7 @@ def test_micro_batches_change_nothing(workplace, reference, monkeypatch):
 
 
 def test_two_processes_give_the_losses_of_one(workplace, reference):
-    halves = launch(workplace, "tiny.toml", "--train.micro_batch=0", processes=2)
+    halves = torchrun(workplace, "tiny.toml", "--train.micro_batch=0", processes=2)
     assert halves.returncode == 0, halves.stderr
     ours, theirs = curve(workplace / "run"), curve(reference / "run")
     assert len(ours) == len(theirs)
