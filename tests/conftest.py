@@ -9,17 +9,20 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-import checkpoint
-import data
-from model import ModelConfig, RecurrentTransformer
+# PyTorch is imported in what needs it, as the process that hands out the tests does not: it would wait for that before
+# it starts the others.
 
-# Tensors this small gain nothing from a second thread, and threads that wait for each other on a busy two-core machine
-# make the tests seven times slower.
-torch.set_num_threads(1)
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and threads that wait for each other on a busy two-core
+    machine make the tests seven times slower."""
+    import torch
+
+    torch.set_num_threads(1)
+
 
 # A shell that starts jobs in the background has them ignore Ctrl-C, and they hand that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,6 +56,9 @@ def write_prepared():
     """Writes a prepared folder as `prepare_data.py` would, from {domain: (weight, train shards, val shards)}.
 
     A shard is a list of documents, and a document a text or the list of its ids without the opening <|endoftext|>."""
+    import numpy as np
+
+    import data
 
     def write(folder, domains):
         manifest = {"version": data.MANIFEST_VERSION, "tokenizer": "gpt2", "tokenizer_sha256": data.RANKS_SHA256}
@@ -95,6 +101,9 @@ def prepared(tmp_path, write_prepared):
 @pytest.fixture(scope="session")
 def tiny_model():
     """Builds a tiny model with random weights, in which tokens differ in depth; keywords change its `ModelConfig`."""
+    import torch
+
+    from model import ModelConfig, RecurrentTransformer
 
     def build(**changes):
         torch.manual_seed(0)
@@ -112,6 +121,7 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def write_run(tiny_model):
     """Writes a run folder with one checkpoint, of step 7, of a tiny model; keywords change its `ModelConfig`."""
+    import checkpoint
 
     def write(folder, **changes):
         model = tiny_model(**changes)
