@@ -25,8 +25,11 @@ def test_in_the_interpreter(interpret):
 @pytest.fixture(autouse=True)
 def few_launches(monkeypatch):
     monkeypatch.setattr(engine, "AHEAD", 3)
-    if INTERPRETED:  # programs take turns there
-        monkeypatch.setattr(engine_kernels, "TILES", dict.fromkeys(engine_kernels.TILES, (32, 4)))
+    if INTERPRETED:  # programs take turns there, each at a cost of its own; several of each kernel, and a ragged last one
+        tiles = dict.fromkeys(engine_kernels.TILES, (32, 4)) | {"head": (128, 4)}
+        monkeypatch.setattr(engine_kernels, "TILES", tiles)
+        monkeypatch.setattr(engine_kernels, "SPLITS", 2)
+        monkeypatch.setattr(engine_kernels, "KEYS", 32)  # of 65: one program reads twice
 
 
 def one_by_one(model, prompts, limits, **options):
@@ -75,7 +78,7 @@ def test_rows_are_their_texts_one_by_one(tiny, changes, depth, rows, prompts):
 
 @pytest.mark.parametrize("rows", [1] if INTERPRETED else [1, 2])
 def test_the_cache_rolls(tiny, rows):
-    model, prompts, limits = tiny(), PROMPTS[2:4], [6] if INTERPRETED else [12, 12]
+    model, prompts, limits = tiny(max_depth=2), PROMPTS[2:4], [6] if INTERPRETED else [12, 12]
     found = together(model, prompts[: len(limits)], limits, rows, memory_length=6, segment=5)
     assert found == one_by_one(model, prompts, limits, memory_length=6, segment=5)
 
@@ -90,7 +93,7 @@ def test_every_step_may_have_its_own_block(tiny):
 @pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
 def test_a_conversation_goes_on_where_the_engine_ended(tiny, monkeypatch):
     """Three turns, the second left early, with the kernels and without."""
-    model, told = tiny(), {}
+    model, told = tiny(max_depth=2), {}
     model.padding[0] = -torch.inf
     for kernels in (True, False):
         if not kernels:
