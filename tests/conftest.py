@@ -4,10 +4,7 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
@@ -36,19 +33,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_tensor
-
-
-@pytest.fixture(scope="session")
-def interpret():
-    """Runs a test file once more, with Triton's kernels interpreted: that is decided when Triton is imported."""
-
-    def run(file):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run(command, env=environment, cwd=Path(file).parents[1], capture_output=True, text=True)
-        assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-5000:] + result.stderr[-5000:]
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
-"""The Triton kernels against the definition: in float32 in Triton's interpreter, and in bfloat16 on a GPU.
-
-Whether kernels are interpreted is decided when Triton is imported, so that takes a process of its own: the first test
-runs this file once more.
-"""
+"""The Triton kernels against the definition: in float32 in Triton's interpreter (test_interpreter.py), in bfloat16 on a
+GPU."""
 
 import os
 
@@ -29,11 +26,6 @@ BLOCKS = {  # of queries and of keys
     "wide": {"forward": (16, 32), "dq": (16, 32), "dkdv": (32, 16)},
     "tall": {"forward": (32, 16), "dq": (32, 16), "dkdv": (16, 32)},
 }
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_in_the_interpreter(interpret):
-    interpret(__file__)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The engine against decoding one text after the other, in PyTorch and with its kernels in Triton's interpreter."""
+"""The engine against decoding one text after the other, in PyTorch and with its kernels in Triton's interpreter
+(test_interpreter.py)."""
 
 import itertools
 import os
@@ -17,15 +18,10 @@ LIMITS = [9, 5, 12, 7, 3]
 plain = pytest.mark.skipif(INTERPRETED, reason="has no kernel of its own")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_in_the_interpreter(interpret):
-    interpret(__file__)
-
-
 @pytest.fixture(autouse=True)
 def few_launches(monkeypatch):
     monkeypatch.setattr(engine, "AHEAD", 3)
-    if INTERPRETED:  # programs take turns there, each at a cost of its own; several of each kernel, and a ragged last one
+    if INTERPRETED:  # programs take turns there, at a cost each: a few of every kernel, the last one of the head ragged
         tiles = dict.fromkeys(engine_kernels.TILES, (32, 4)) | {"head": (128, 4)}
         monkeypatch.setattr(engine_kernels, "TILES", tiles)
         monkeypatch.setattr(engine_kernels, "SPLITS", 2)

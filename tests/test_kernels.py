@@ -1,4 +1,4 @@
-"""FP8 kernels against their definitions, on a GPU or in Triton's interpreter, in a process of its own."""
+"""FP8 kernels against their definitions, on a GPU or in Triton's interpreter (test_interpreter.py)."""
 
 import os
 
@@ -13,11 +13,6 @@ triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 runs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_in_the_interpreter(interpret):
-    interpret(__file__)
 
 
 @pytest.fixture
