@@ -1,5 +1,6 @@
 """What several test files share: one thread, a prepared folder, and runs with a tiny checkpoint."""
 
+import gc
 import hashlib
 import json
 import os
@@ -19,6 +20,15 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage():
+    """Half a million objects live as long as the process, and to look through them takes 0.2 s. bench.py
+    collects before every turn."""
+    gc.freeze()
+    yield
+    gc.unfreeze()  # or Triton complains of leaks
 
 
 # A shell that starts jobs in the background has them ignore Ctrl-C, and they hand that on.
