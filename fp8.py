@@ -17,6 +17,7 @@ layer (forward, gradient of the input, gradient of the weight) can stay in bf16.
 and multiplies in float32. The residual stream, norms, injection, halting head and loss are never FP8.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -385,7 +386,7 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             of_chunk = [None if part is None else part[rows] for part in (x, targets, weights, nll, dx)]
-            (_compiled_chunk if compiled else _chunk)(*of_chunk, dw, low, rounded, rounded_t, inverse, padding, gemms)
+            (_compiled_chunk() if compiled else _chunk)(*of_chunk, dw, low, rounded, rounded_t, inverse, padding, gemms)
         ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(nll)
         return (weights * nll).sum(), nll
@@ -424,4 +425,7 @@ def _chunk(x, targets, weights, nll, dx, dw, low, rounded, rounded_t, inverse, p
         dw.add_(matmul(grad.t(), x.t()))
 
 
-_compiled_chunk = torch.compile(_chunk, dynamic=False)
+@cache
+def _compiled_chunk():
+    """`_chunk` compiled, once it is needed: torch.compile loads the compiler, which is half of the start on a CPU."""
+    return torch.compile(_chunk, dynamic=False)

@@ -116,10 +116,10 @@ def test_a_compiled_step_is_one_graph_and_the_same(monkeypatch, recompute, chang
         compiled.append(function.__name__)
         return original(function, backend="aot_eager", fullgraph=True, dynamic=False)
 
-    eager = gradients(fp8.FP8, recompute=recompute, **changes)
+    eager, chunk = gradients(fp8.FP8, recompute=recompute, **changes), compile(fp8._chunk)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", compile)
-        patch.setattr(fp8, "_compiled_chunk", compile(fp8._chunk))
+        patch.setattr(fp8, "_compiled_chunk", lambda: chunk)
         patch.setattr(RecurrentTransformer, "use_fp8", lambda self, gemms, use=RecurrentTransformer.use_fp8: (
             use(self, gemms), self.compile()))  # fmt: skip
         loss, grads = gradients(fp8.FP8, recompute=recompute, **changes)
