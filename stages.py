@@ -56,10 +56,20 @@ class EvalConfig:
 
 
 @dataclass
+class SFTConfig:
+    end_weight: float = 1.0  # in the loss, of the <|endoftext|> that closes an answer; every other token of it weighs 1
+
+    def __post_init__(self):
+        if self.end_weight <= 0:
+            raise ValueError(f"'end_weight' must be above 0, not {self.end_weight}")
+
+
+@dataclass
 class DPOConfig:
     beta: float = 0.1  # how far the policy may move from the reference: the smaller, the farther
     loss: Literal["sigmoid", "sigmoid_norm"] = "sigmoid"  # sigmoid_norm: of log-probabilities per token of the answer
     label_smoothing: float = 0.0  # share of the pairs that are expected to be the wrong way round
+    end: bool = True  # whether the <|endoftext|> that closes an answer is compared, too; the `sft` term has it always
     length: float = 0.0  # what every token by which the chosen answer is longer adds to the margin in the loss
     sft: float = 0.0  # weight of the chosen answers' cross-entropy per token, added to the loss
     depth: int = 0  # steps of every token, in policy and reference; 0: the model's maximum
@@ -160,6 +170,7 @@ class SFT(Stage):
         tokens, targets, weights = next(self.reader)
         filling = (tokens == data.EOT) & (targets == data.EOT)  # after the last conversation
         groups = np.where(filling, -1, weights.astype(np.int64))
+        weights[(targets == data.EOT) & (weights > 0)] *= self.cfg.sft.end_weight
         # A part's share of the answers varies, and with it its share in the loss.
         weights *= self.parts * self.world / max(weights.sum(), 1)
         return [Part(*part) for part in self.split(tokens, targets, groups, weights)], self.reader.state()
@@ -221,6 +232,7 @@ class DPO(Stage):
         device, dtype = self.model.embedding.weight.device, self.model.compute_dtype
         model, meta = checkpoint.load_model(self.cfg.init, device, dtype)
         key = {"data": self.sha256, "model": fingerprint(model), "depth": str(self.depth), "dtype": str(dtype)}
+        key["end"] = str(self.cfg.dpo.end)
         self.sha256 = hashlib.sha256((key["data"] + key["model"]).encode()).hexdigest()
         if file.exists():
             try:
@@ -230,7 +242,7 @@ class DPO(Stage):
             except safetensors.SafetensorError as error:
                 raise checkpoint.CheckpointError(f"{file}: damaged ({error}); delete it, to make it anew") from None
         found = {
-            split: answer_logps(model, pair_rows(self.chats, split), self.cfg, meta["memory"], self.depth, "reference")
+            split: answer_logps(model, self.compared_rows(split), self.cfg, meta["memory"], self.depth, "reference")
             for split in ("train", "val")
             if self.chats.manifest[split]["rows"]
         }
@@ -252,7 +264,10 @@ class DPO(Stage):
             groups = torch.where(sequence < 0, 0, 1 + sequence % 2)
             groups[(tokens == data.EOT) & (targets == data.EOT)] = -1  # what no pair fills
             share = self.parts * self.world
-            loss = PairLoss(self.cfg.dpo, sequence, self.reference["train"][part.pairs], share / pairs, share / chosen)
+            reference, compared = self.reference["train"][part.pairs], sequence
+            if not self.cfg.dpo.end:
+                compared = torch.where(targets == data.EOT, -1, sequence)
+            loss = PairLoss(self.cfg.dpo, compared, reference, share / pairs, sequence, share / chosen)
             parts.append(Part(tokens, targets, groups, loss))
         return parts, self.reader.state()
 
@@ -260,16 +275,23 @@ class DPO(Stage):
         pairs = sums[0] or 1
         return {name: x / pairs for name, x in zip(self.names[1:], sums[1:])} | super().metrics(groups, sums)
 
+    def compared_rows(self, split, pairs=None):
+        """`pair_rows`, with masks of what is compared."""
+        rows = pair_rows(self.chats, split, pairs)
+        if self.cfg.dpo.end:
+            return rows
+        return [(ids, targets, mask & (targets != data.EOT)) for ids, targets, mask in rows]
+
     @cached_property
     def held_out(self):
-        """`pair_rows` of the first eval.tokens tokens of every source, and which pairs they are."""
+        """`compared_rows` of the first eval.tokens tokens of every source, and which pairs they are."""
         index, taken, chosen = self.chats.split("val").index.reshape(-1, 2, 3), {}, []
         for pair, sides in enumerate(index):
             source = int(sides[0, 2])
             if taken.get(source, 0) < self.cfg.eval.tokens:
                 taken[source] = taken.get(source, 0) + int(sides[:, 1].sum())
                 chosen.append(pair)
-        return pair_rows(self.chats, "val", chosen), np.array(chosen)
+        return self.compared_rows("val", chosen), np.array(chosen)
 
     def evaluate(self, memory):
         """Rewards of held-out pairs, how they go with the length of answers, and answers to some of their prompts."""
@@ -278,7 +300,7 @@ class DPO(Stage):
         (rows, pairs), beta = self.held_out, self.cfg.dpo.beta
         logps = answer_logps(self.model, rows, self.cfg, memory, self.depth, "validation")
         lengths = np.array([mask.sum() for *_, mask in rows]).reshape(-1, 2)
-        loss = PairLoss(self.cfg.dpo, None, self.reference["val"][pairs], 1 / len(pairs), 1 / lengths[:, 0].sum())
+        loss = PairLoss(self.cfg.dpo, None, self.reference["val"][pairs], 1 / len(pairs))
         sums = loss.of_logps(torch.from_numpy(logps), torch.from_numpy(lengths))[1]
         result = {name: float(x) / len(pairs) for name, x in zip(self.names[1:], sums[1:])}
         rewards = beta * (logps - self.reference["val"][pairs])
@@ -320,28 +342,35 @@ class PairLoss:
     exchanged. sigmoid_norm: pi per token of the answer (Lambert et al. 2024, arXiv 2411.15124, section 5.1.2). length:
     a longer chosen answer starts with a margin and has less to teach, a shorter one more (R-DPO, Park et al. 2024,
     arXiv 2403.19159): what is left does not reward length as such.
-    reference: (n, 2). share, sft_share: what a pair, and a token of a chosen answer, weigh in the result.
+    compared: (B, T) int64 as `chat.PairBatch.sequence`, which answer a target counts for. reference: (n, 2). share: what
+    a pair weighs in the result. answers, sft_share: the same as `compared` of all tokens, for the `sft` term, and what a
+    token of a chosen answer weighs in it.
     """
 
-    def __init__(self, dpo, sequence, reference, share, sft_share):
-        self.dpo, self.sequence, self.share, self.sft_share = dpo, sequence, share, sft_share
+    def __init__(self, dpo, compared, reference, share, answers=None, sft_share=0.0):
+        self.dpo, self.compared, self.share, self.answers, self.sft_share = dpo, compared, share, answers, sft_share
         self.reference = torch.from_numpy(np.ascontiguousarray(reference))
         self.sums = None
 
     def __call__(self, nll):
-        n, sequence = len(self.reference), self.sequence.to(nll.device, non_blocking=True).flatten() + 1
+        n, nll = len(self.reference), nll.flatten()
+        compared = self.compared.to(nll.device, non_blocking=True).flatten() + 1
         zeros = nll.new_zeros(2 * n + 1)  # the first is of all tokens outside of answers
-        logps = zeros.index_add(0, sequence, -nll.flatten())[1:].view(n, 2)
-        lengths = zeros.index_add(0, sequence, torch.ones_like(nll.flatten()))[1:].view(n, 2)
+        logps = zeros.index_add(0, compared, -nll)[1:].view(n, 2)
+        lengths = zeros.index_add(0, compared, torch.ones_like(nll))[1:].view(n, 2)
         value, self.sums = self.of_logps(logps, lengths)
+        if self.dpo.sft:
+            answers = self.answers.to(nll.device, non_blocking=True).flatten()
+            chosen = (answers >= 0) & (answers % 2 == 0)
+            value = value + self.dpo.sft * self.sft_share * torch.where(chosen, nll, 0.0).sum()
         return value
 
     def of_logps(self, logps, lengths):
-        """The loss of answers' log-probabilities and lengths (n, 2), and the sums."""
+        """The loss of answers' log-probabilities and lengths (n, 2), without the `sft` term, and the sums."""
         dpo, reference = self.dpo, self.reference.to(logps.device, non_blocking=True)
         ratios = logps - reference
         if dpo.loss == "sigmoid_norm":
-            ratios = ratios / lengths
+            ratios = ratios / lengths.clamp(min=1)
         rewards = dpo.beta * ratios
         margins = rewards[:, 0] - rewards[:, 1]
         shifted = margins + dpo.length * (lengths[:, 0] - lengths[:, 1])
@@ -350,7 +379,7 @@ class PairLoss:
             right = (margins > 0) + 0.5 * (margins == 0)  # a policy that is still the reference decides nothing
             sums = [losses, rewards[:, 0], rewards[:, 1], margins, right, logps[:, 0], logps[:, 1]]
             sums = torch.stack([torch.ones_like(margins), *sums]).sum(1)
-        return self.share * losses.sum() - dpo.sft * self.sft_share * logps[:, 0].sum(), sums
+        return self.share * losses.sum(), sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_dpo_loss_and_gradients_are_those_of_the_slow_reference(loss, smoothing,
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2 * n, -1)
     sequence = torch.where(mask[:, 1:] > 0, torch.arange(2 * n)[:, None], -1)
     dpo = stages.DPOConfig(beta=0.3, loss=loss, label_smoothing=smoothing, sft=sft, length=length)
-    ours = stages.PairLoss(dpo, sequence, reference.numpy(), 1 / n, 1 / mask[0::2, 1:].sum())
+    ours = stages.PairLoss(dpo, sequence, reference.numpy(), 1 / n, sequence, 1 / mask[0::2, 1:].sum())
     value = ours(nll)
     (found,) = torch.autograd.grad(value, logits)
     torch.testing.assert_close(value, slow)
