@@ -56,15 +56,6 @@ class EvalConfig:
 
 
 @dataclass
-class SFTConfig:
-    end_weight: float = 1.0  # in the loss, of the <|endoftext|> that closes an answer; every other token of it weighs 1
-
-    def __post_init__(self):
-        if self.end_weight <= 0:
-            raise ValueError(f"'end_weight' must be above 0, not {self.end_weight}")
-
-
-@dataclass
 class DPOConfig:
     beta: float = 0.1  # how far the policy may move from the reference: the smaller, the farther
     loss: Literal["sigmoid", "sigmoid_norm"] = "sigmoid"  # sigmoid_norm: of log-probabilities per token of the answer
@@ -170,7 +161,6 @@ class SFT(Stage):
         tokens, targets, weights = next(self.reader)
         filling = (tokens == data.EOT) & (targets == data.EOT)  # after the last conversation
         groups = np.where(filling, -1, weights.astype(np.int64))
-        weights[(targets == data.EOT) & (weights > 0)] *= self.cfg.sft.end_weight
         # A part's share of the answers varies, and with it its share in the loss.
         weights *= self.parts * self.world / max(weights.sum(), 1)
         return [Part(*part) for part in self.split(tokens, targets, groups, weights)], self.reader.state()
@@ -342,9 +332,9 @@ class PairLoss:
     exchanged. sigmoid_norm: pi per token of the answer (Lambert et al. 2024, arXiv 2411.15124, section 5.1.2). length:
     a longer chosen answer starts with a margin and has less to teach, a shorter one more (R-DPO, Park et al. 2024,
     arXiv 2403.19159): what is left does not reward length as such.
-    compared: (B, T) int64 as `chat.PairBatch.sequence`, which answer a target counts for. reference: (n, 2). share: what
-    a pair weighs in the result. answers, sft_share: the same as `compared` of all tokens, for the `sft` term, and what a
-    token of a chosen answer weighs in it.
+    compared: (B, T) int64, of which answer a target is, as `chat.PairBatch.sequence`. reference: (n, 2). share: what a
+    pair weighs in the result. For the `sft` term, answers: the same as `compared`, of all targets; sft_share: what one
+    of a chosen answer weighs.
     """
 
     def __init__(self, dpo, compared, reference, share, answers=None, sft_share=0.0):

@@ -38,7 +38,7 @@ from memory import read_later
 from metrics import Log
 from model import ModelConfig, RecurrentTransformer, pick_device, pick_dtype
 from optim import OptimConfig, build_optimizers, guard, learning_rate
-from stages import STAGES, DataConfig, DPOConfig, EvalConfig, SFTConfig, draw_depth
+from stages import STAGES, DataConfig, DPOConfig, EvalConfig, draw_depth
 
 FP8_GEMMS = ("forward", "input_grad", "weight_grad")
 
@@ -110,7 +110,6 @@ class Config:
     train: TrainConfig
     optim: OptimConfig
     eval: EvalConfig
-    sft: SFTConfig
     dpo: DPOConfig
     stage: Literal["pretrain", "sft", "dpo"] = "pretrain"
     # The model to go on from, with its architecture, as `checkpoint.find` reads it: a run folder, a checkpoint or an
@@ -135,9 +134,8 @@ class Config:
                 raise ValueError(f"'train.{name}' has no use in the stage dpo: every token takes 'dpo.depth' steps")
         if self.stage == "dpo" and t.dtype == "fp8":
             raise ValueError("'train.dtype = fp8' has no use in the stage dpo: its error would be taken for a reward")
-        for name, unused in (("sft", SFTConfig()), ("dpo", DPOConfig())):
-            if self.stage != name and getattr(self, name) != unused:
-                raise ValueError(f"[{name}] has no use in the stage {self.stage}; leave it out")
+        if self.stage != "dpo" and self.dpo != DPOConfig():
+            raise ValueError(f"[dpo] has no use in the stage {self.stage}; leave it out")
         if not self.init or self.model != ModelConfig():  # else `with_model` does, which knows the model
             self.check_depths()
 

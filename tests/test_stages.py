@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 
@@ -335,6 +336,28 @@ def test_reference_log_probabilities_are_those_of_a_direct_forward(finished):
         with torch.no_grad():
             out = model(torch.from_numpy(ids)[None], torch.from_numpy(targets)[None], depth=3)
         assert found[i // 2, i % 2] == pytest.approx(-float(out.nll[0, torch.from_numpy(mask)].sum()), abs=1e-3)
+
+
+def test_the_end_of_an_answer_can_be_left_out_of_the_comparison(workplace, finished, monkeypatch):
+    assert run(monkeypatch, "dpo", "--out=open", "--dpo.end=false") == 0
+    files = [folder / "reference.safetensors" for folder in (finished / "dpo", workplace / "open")]
+    whole, opened = (safetensors.numpy.load_file(file)["val"] for file in files)
+    model, _ = checkpoint.load_model(finished / "sft")
+    rows = stages.pair_rows(stages.chat.Chats.open("pairs"), "val")
+    for i, (ids, targets, mask) in enumerate(rows):
+        with torch.no_grad():
+            out = model(*(torch.from_numpy(x)[None] for x in (ids, targets)), depth=model.config.max_depth)
+        assert targets[mask][-1] == stages.data.EOT
+        assert whole[i // 2, i % 2] - opened[i // 2, i % 2] == pytest.approx(-float(out.nll[0, mask][-1]), abs=1e-3)
+
+    closing = torch.tensor([[False, False, True, False, True]])
+    answers = torch.tensor([[-1, 0, 0, 1, 1]])
+    nll = torch.ones(1, 5, requires_grad=True)
+    for sft, moved in ((0.0, [False, True, False, True, False]), (0.5, [False, True, True, True, False])):
+        dpo, compared = stages.DPOConfig(end=False, sft=sft), torch.where(closing, -1, answers)
+        loss = stages.PairLoss(dpo, compared, np.zeros((1, 2), np.float32), 1.0, answers, 0.5)
+        (gradient,) = torch.autograd.grad(loss(nll), nll)
+        assert (gradient != 0).tolist() == [moved]
 
 
 # ------------------------------------------------------------------------------------------------ refusals
