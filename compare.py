@@ -4,8 +4,7 @@
     python compare.py runs/yardstick/* --figure frontier.png         perplexity against mean depth
     python compare.py runs/yardstick/* --markdown table.md --domains
 
-In the figure a run with a fixed depth is a point of the line to beat; one that chooses its depth is a point of its own,
-and the forced depths it was evaluated at (`eval.depths`) are a thin line: depth as a dial.
+In the figure the best run of every fixed depth is a point of the line to beat; every other is a point of its own, and the forced depths that one which chooses was evaluated at (`eval.depths`) are a thin line: depth as a dial.
 """
 
 import argparse
@@ -57,8 +56,16 @@ def is_fixed(run):
     return all(part["depth"] == run["validation"]["macro"]["depth"] for part in run["validation"]["domains"].values())
 
 
+def line_to_beat(runs):
+    """The best run of every fixed depth, the shallowest first. runs: the best first."""
+    best = {}
+    for run in filter(is_fixed, runs):
+        best.setdefault(run["validation"]["macro"]["depth"], run)
+    return [best[depth] for depth in sorted(best)]
+
+
 def draw(runs, file):
-    """Perplexity against mean depth. Raises `InputError` without matplotlib."""
+    """Perplexity against mean depth; runs: the best first. Raises `InputError` without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -68,10 +75,11 @@ def draw(runs, file):
 
     _, axis = pyplot.subplots(figsize=(7, 4.5))
     place = lambda macro: (macro["depth"], np.exp(macro["nats"]))  # noqa: E731
-    fixed = sorted(place(run["validation"]["macro"]) for run in runs if is_fixed(run))
-    if fixed:
-        axis.plot(*zip(*fixed), "ko-", label="fixed depth, a run each")
-    for i, run in enumerate(run for run in runs if not is_fixed(run)):
+    line = line_to_beat(runs)
+    if line:
+        points = [place(run["validation"]["macro"]) for run in line]
+        axis.plot(*zip(*points), "ko-", label="fixed depth, a run each")
+    for i, run in enumerate(run for run in runs if run not in line):
         x, y = place(run["validation"]["macro"])
         axis.plot([x], [y], "o", color=f"C{i % 10}", label=run["name"])
         if forced := sorted(place(macro) for macro in run["validation"].get("forced", {}).values()):

@@ -26,16 +26,17 @@ def test_runs_are_ranked_and_drawn(tmp_path, capsys):
         write(tmp_path, "fixed2", 4.2, {"code": 2, "books": 2}),
         write(tmp_path, "act", 4.0, {"code": 3, "books": 5}, {1: 5.0, 8: 4.0}),
         write(tmp_path, "fixed8", 4.1, {"code": 8, "books": 8}),
+        write(tmp_path, "stack8", 4.3, {"code": 8, "books": 8}),
     ]
     figure, markdown = tmp_path / "f.png", tmp_path / "t.md"
     assert compare.main([*runs, "--domains", "--figure", str(figure), "--markdown", str(markdown)]) == 0
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows] == ["act", "fixed8", "fixed2"] and head[:2] == ["run", "perplexity"]
+    assert [row[0] for row in rows] == ["act", "fixed8", "fixed2", "stack8"] and head[:2] == ["run", "perplexity"]
     assert rows[0][1:5] == [f"{math.exp(4):.2f}", "1.000", f"{4 / 3:.4f}", "4.00"]
     assert rows[2][2] == f"{math.exp(0.2):.3f}" and "1.333 @ 3.0" in " ".join(rows[0])
-    assert figure.read_bytes()[:4] == b"\x89PNG" and markdown.read_text().count("\n") == 5
-    found = [compare.read(tmp_path / name) for name in ("fixed2", "act")]
-    assert [compare.is_fixed(run) for run in found] == [True, False]
+    assert figure.read_bytes()[:4] == b"\x89PNG" and markdown.read_text().count("\n") == 6
+    found = [compare.read(tmp_path / name) for name in ("act", "fixed8", "fixed2", "stack8")]
+    assert [run["name"] for run in compare.line_to_beat(found)] == ["fixed2", "fixed8"]
 
 
 @pytest.mark.parametrize(
