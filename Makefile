@@ -1,6 +1,6 @@
 # make demo       a small model on real text, from nothing, on two CPU cores
 # make pipeline   the same, then instruction tuning, preference tuning, a chat and an evaluation
-# make test       the tests
+# make test       the tests, on the CPU; make test-gpu: those of GPU kernels
 # make clean      remove what they made (not the environment)
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 export THP_MEM_ALLOC_ENABLE = 1
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo pipeline test clean
+.PHONY: demo pipeline test test-gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/python prepare_data.py configs/data/demo.toml
@@ -31,6 +31,9 @@ pipeline: demo
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-gpu: $(VENV)/installed-dev
+	TEST_GPU=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_fp8.py tests/test_kernels.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

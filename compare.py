@@ -4,7 +4,8 @@
     python compare.py runs/yardstick/* --figure frontier.png         perplexity against mean depth
     python compare.py runs/yardstick/* --markdown table.md --domains
 
-In the figure the best run of every fixed depth is a point of the line to beat; every other is a point of its own, and the forced depths that one which chooses was evaluated at (`eval.depths`) are a thin line: depth as a dial.
+In the figure the best run of every fixed depth is a point of the line to beat, and every other run a point of its own;
+the forced depths that it was evaluated at (`eval.depths`) are a thin line: depth as a dial.
 """
 
 import argparse

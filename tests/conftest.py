@@ -31,6 +31,10 @@ def imports_are_no_garbage():
     gc.unfreeze()  # or Triton complains of leaks
 
 
+# Runs are compared bit for bit, which holds on a CPU alone: `make test-gpu` shows the GPU to the tests that are for it.
+if not os.environ.get("TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A shell that starts jobs in the background has them ignore Ctrl-C, and they hand that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
