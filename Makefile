@@ -33,7 +33,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-gpu: $(VENV)/installed-dev
-	TEST_GPU=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_fp8.py tests/test_kernels.py
+	TEST_GPU=1 $(BIN)/python -m pytest -k "on_cuda or test_attention or test_fp8 or test_kernels"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
