@@ -1,7 +1,6 @@
 """The invariants of the model: what recurrence, halting and memory may and may not change."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 import config
 import train
-from halting import ExitFit, Packed, PonderWeight
+from halting import ExitFit, Packed
 from kernels import rotate
 from model import LAST, ModelConfig, RecurrentTransformer, norm
 
@@ -332,63 +331,6 @@ def test_no_token_halts_before_the_least_depth(rule):
             assert (model(text()).depth == least).all()
 
 
-def linear_gains(n, weight, bias):
-    """States (N - 1, n, D) and what they win, a linear function of them for every step."""
-    states = norm(torch.randn(len(weight), n, weight.shape[1]))
-    return states, (states * weight[:, None]).sum(-1) + bias[:, None]
-
-
-def test_the_exit_head_is_fitted_to_what_steps_win():
-    """The linear function of every step is found, and then the tolerance at which tokens take the target depth."""
-    model = build(halting="exit")
-    weight, bias = 0.3 * torch.randn(4, 32), torch.tensor([1.0, 0.5, 0.2, 0.1])
-    fit = ExitFit(model, target_depth=2.5, ridge=1e-6)
-    before = model.halting.weight[-1].clone(), model.config.tolerance
-    fit.update(*linear_gains(500, weight, bias))
-    torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.halting.bias[:-1], bias, atol=1e-4, rtol=0)
-    assert torch.equal(model.halting.weight[-1], before[0])  # the last step has nothing to expect
-    assert model.config.tolerance == before[1]  # no head had been fitted that it could be of
-    states, gains = linear_gains(500, weight, bias)
-    fit.update(states, gains)
-    assert model.tolerance.item() == model.config.tolerance != before[1]
-    steps = 1 + (gains.cummin(0).values >= model.config.tolerance).sum(0)
-    assert steps.float().mean() == pytest.approx(2.5, abs=0.01)
-    model.config = replace(model.config, min_depth=2)
-    fit.steer(states)
-    steps = 2 + (gains[1:].cummin(0).values >= model.config.tolerance).sum(0)
-    assert steps.float().mean() == pytest.approx(2.5, abs=0.01)
-
-
-def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():
-    model, again = build(halting="exit"), build(halting="exit")
-    weight, bias = torch.randn(4, 32), torch.zeros(4)
-    fit, resumed = (ExitFit(x, target_depth=2, decay=0.5, ridge=1e-6) for x in (model, again))
-    fit.update(*linear_gains(200, -weight, bias))
-    for _ in range(30):
-        fit.update(*linear_gains(200, weight, bias))
-    torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-4, rtol=0)
-    again.load_state_dict(model.state_dict())
-    resumed.sums.copy_(fit.sums)
-    new = linear_gains(200, weight, bias)
-    fit.update(*new)
-    resumed.update(*new)
-    assert torch.equal(again.halting.weight, model.halting.weight) and again.tolerance == model.tolerance
-
-
-def test_the_exit_head_is_not_fitted_to_what_is_not_finite_or_not_there():
-    model = build(halting="exit")
-    fit, weight, bias = ExitFit(model, target_depth=2), torch.randn(4, 32), torch.zeros(4)
-    fit.update(*linear_gains(200, weight, bias))
-    before = model.halting.weight.clone(), model.config.tolerance, fit.sums.clone()
-    states, gains = linear_gains(200, weight, bias)
-    gains[2, 5] = math.inf
-    fit.update(states, gains)
-    fit.update(states[:, :0], gains[:, :0])
-    assert torch.equal(model.halting.weight, before[0]) and model.config.tolerance == before[1]
-    assert torch.equal(fit.sums, before[2])
-
-
 @torch.no_grad()
 def test_the_exit_head_knows_its_step():
     model, tokens = build(halting="exit"), text()
@@ -518,22 +460,6 @@ def test_the_host_waits_for_the_number_of_active_tokens_behind_the_attention(mon
     assert order == ["begin", "complete"] + 4 * ["begin", "_capacity", "complete"]
 
 
-def test_packed_are_the_active_tokens_and_then_others():
-    active = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
-    packed, x = Packed.of(active, 5), torch.randn(8, 3, dtype=torch.double, requires_grad=True)
-    assert packed.index.tolist() == [1, 2, 5, 0, 3] and packed.rank.tolist() == [3, 0, 1, 4, 5, 2, 6, 7]
-    put = packed.put(packed.take(x))
-    assert torch.equal(put[packed.index], x[packed.index]) and put[[4, 6, 7]].abs().max() == 0
-    assert torch.autograd.gradcheck(lambda x: packed.put(packed.take(x).sin()), x)
-    new = packed.put(-packed.take(x), x)
-    assert torch.equal(new, torch.where(active[:, None], -x, x))
-    of_rows = Packed.of(active.view(2, 4), 5)
-    assert torch.equal(of_rows.take(x.view(2, 4, 3)), packed.take(x))
-    assert torch.equal(of_rows.put(packed.take(x)), put.view(2, 4, 3))
-    for rows in (3, 8):
-        assert sorted(Packed.of(active, rows).index.tolist()) == ([1, 2, 5] if rows == 3 else list(range(8)))
-
-
 @pytest.mark.parametrize("number, rows", [(1, 16), (16, 16), (17, 48), (48, 48), (49, 80), (81, None), (96, None)])
 def test_capacities_are_multiples_of_16_that_hold_what_is_active(number, rows):
     model = build()
@@ -598,20 +524,6 @@ def test_a_halted_token_costs_nothing_later():
         torch.testing.assert_close(packed(model, tokens), dense.logits[..., :V], atol=1e-4, rtol=0)
         decoded, _ = run_segments(model, tokens, [1] * 40, memory=40)
     torch.testing.assert_close(decoded, dense.logits[..., :V], atol=1e-4, rtol=0)
-
-
-def test_the_ponder_weight_steers_depth_both_ways():
-    steered = PonderWeight(0.0, target_depth=4, rate=0.01, limit=0.1)
-    steered.update(5.0)
-    assert steered.value == pytest.approx(0.01 + 0.05)  # too deep: steps cost more, by the integral and the error
-    steered.update(4.0)
-    assert steered.value == pytest.approx(0.01)  # on target: the integral alone is left
-    for _ in range(10):
-        steered.update(2.0)
-    assert steered.value == -0.1  # too shallow: steps are rewarded, within the limit
-    constant = PonderWeight(0.003)
-    constant.update(8.0)
-    assert constant.value == 0.003
 
 
 # ------------------------------------------------------------------------------------------------ head, sizes, config
