@@ -1,9 +1,12 @@
-"""The log of a training run: metrics.jsonl, a line an event, and Weights & Biases."""
+"""The log of a training run: metrics.jsonl, a line an event, and Weights & Biases; and what a GPU could do at most."""
 
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
+
+import torch
 
 from config import ConfigError
 
@@ -52,3 +55,20 @@ def _whole_lines(file):
     """The lines of a file that end in a newline: a killed run can leave half a line."""
     text = file.read_text() if file.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()
+
+
+# Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendor's data sheets; the first match counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
+    "RTX PRO 6000 Blackwell Max-Q": 438.9, "RTX PRO 6000 Blackwell": 503.8, "RTX 6000 Ada": 364,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "A10": 125, "L4": 121,
+}  # fmt: skip
+
+
+def peak_tflops(device, dtype, in_fp8):
+    """Of the accelerator by its name, or 0 where it is unknown. FP8 is twice as fast as bfloat16."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return 0
+    name = torch.cuda.get_device_name(device)
+    peak = next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), 0)
+    return 2 * peak if in_fp8 else peak

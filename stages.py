@@ -254,9 +254,8 @@ class DPO(Stage):
             groups = torch.where(sequence < 0, 0, 1 + sequence % 2)
             groups[(tokens == data.EOT) & (targets == data.EOT)] = -1  # what no pair fills
             share = self.parts * self.world
-            reference, compared = self.reference["train"][part.pairs], sequence
-            if not self.cfg.dpo.end:
-                compared = torch.where(targets == data.EOT, -1, sequence)
+            compared = torch.where(self.left_out(targets), -1, sequence)
+            reference = self.reference["train"][part.pairs]
             loss = PairLoss(self.cfg.dpo, compared, reference, share / pairs, sequence, share / chosen)
             parts.append(Part(tokens, targets, groups, loss))
         return parts, self.reader.state()
@@ -265,12 +264,14 @@ class DPO(Stage):
         pairs = sums[0] or 1
         return {name: x / pairs for name, x in zip(self.names[1:], sums[1:])} | super().metrics(groups, sums)
 
+    def left_out(self, targets):
+        """Which targets of answers are not compared."""
+        return (targets == data.EOT) & (not self.cfg.dpo.end)
+
     def compared_rows(self, split, pairs=None):
         """`pair_rows`, with masks of what is compared."""
         rows = pair_rows(self.chats, split, pairs)
-        if self.cfg.dpo.end:
-            return rows
-        return [(ids, targets, mask & (targets != data.EOT)) for ids, targets, mask in rows]
+        return [(ids, targets, mask & ~self.left_out(targets)) for ids, targets, mask in rows]
 
     @cached_property
     def held_out(self):
@@ -306,11 +307,11 @@ class DPO(Stage):
 STAGES = {"pretrain": Pretrain, "sft": SFT, "dpo": DPO}
 
 
-def draw_depth(mean, most, random, shape=(), sigma=0.5):
-    """Depths in 1..most of some shape, one more than a Poisson variable whose rate is log-normal (Geiping et al. 2025,
-    arXiv 2502.05171, section 3.3); before the cut at `most` the mean is `mean`."""
+def draw_depth(mean, most, random, shape=(), least=1, sigma=0.5):
+    """Depths in least..most of some shape, one more than a Poisson variable whose rate is log-normal (Geiping et al. 2025,
+    arXiv 2502.05171, section 3.3); before the cuts the mean is `mean`."""
     rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma, shape)
-    return np.minimum(1 + random.poisson(rate), most)
+    return np.clip(1 + random.poisson(rate), least, most)
 
 
 def fingerprint(model):

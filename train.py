@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -35,7 +34,7 @@ import kernels
 from config import ConfigError
 from halting import ExitFit, PonderWeight
 from memory import read_later
-from metrics import Log
+from metrics import Log, peak_tflops
 from model import ModelConfig, RecurrentTransformer, pick_device, pick_dtype
 from optim import OptimConfig, build_optimizers, guard, learning_rate
 from stages import STAGES, DataConfig, DPOConfig, EvalConfig, draw_depth
@@ -186,14 +185,6 @@ class Config:
             raise ConfigError(str(error)) from None
 
 
-# Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendor's data sheets; the first match counts.
-PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
-    "RTX PRO 6000 Blackwell Max-Q": 438.9, "RTX PRO 6000 Blackwell": 503.8, "RTX 6000 Ada": 364,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "A10": 125, "L4": 121,
-}  # fmt: skip
-
-
 def memory_length(progress, curriculum):
     """The Transformer-XL memory at `progress` (0..1) of training."""
     return [length for start, length in curriculum if start <= progress][-1]
@@ -313,8 +304,8 @@ class Trainer:
         elif self.t.sampled_depth:
             random = np.random.default_rng([self.t.seed, self.step])
             shape = (self.t.batch_size, self.t.segment) if self.t.sampled_by == "token" else ()
-            drawn = draw_depth(self.t.sampled_depth, self.cfg.model.max_depth, random, shape)
-            drawn = np.maximum(drawn, self.cfg.model.min_depth)
+            model = self.cfg.model
+            drawn = draw_depth(self.t.sampled_depth, model.max_depth, random, shape, model.min_depth)
             if self.t.sampled_share < 1:
                 drawn = np.where(random.random(shape) < self.t.sampled_share, drawn, 0)
             depths = torch.from_numpy(drawn[stage.rows]).split(self.micro) if shape else [int(drawn)] * len(parts)
@@ -627,15 +618,6 @@ class StopSignal:
         flag = torch.tensor(float(self.received), device=device)
         dist.all_reduce(flag)
         return flag.item() > 0
-
-
-def peak_tflops(device, dtype, in_fp8):
-    """Of the accelerator by its name, or 0 where it is unknown. FP8 is twice as fast as bfloat16."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return 0
-    name = torch.cuda.get_device_name(device)
-    peak = next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), 0)
-    return 2 * peak if in_fp8 else peak
 
 
 def main():

@@ -6,15 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from building import build
 from halting import ExitFit, Packed, PonderWeight
-from model import ModelConfig, RecurrentTransformer, norm
-
-
-def model_of():
-    """A tiny model with an exit head."""
-    torch.manual_seed(0)
-    settings = dict(width=32, heads=4, hidden=48, vocab_size=97, document_start=0)
-    return RecurrentTransformer(ModelConfig(**settings, max_depth=5, halting="exit"))
+from model import norm
 
 
 def linear_gains(n, weight, bias):
@@ -25,7 +19,7 @@ def linear_gains(n, weight, bias):
 
 def test_the_exit_head_is_fitted_to_what_steps_win():
     """The linear function of every step is found, and then the tolerance at which tokens take the target depth."""
-    model = model_of()
+    model = build(halting="exit")
     weight, bias = 0.3 * torch.randn(4, 32), torch.tensor([1.0, 0.5, 0.2, 0.1])
     fit = ExitFit(model, target_depth=2.5, ridge=1e-6)
     before = model.halting.weight[-1].clone(), model.config.tolerance
@@ -46,7 +40,7 @@ def test_the_exit_head_is_fitted_to_what_steps_win():
 
 
 def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():
-    model, again = model_of(), model_of()
+    model, again = build(halting="exit"), build(halting="exit")
     weight, bias = torch.randn(4, 32), torch.zeros(4)
     fit, resumed = (ExitFit(x, target_depth=2, decay=0.5, ridge=1e-6) for x in (model, again))
     fit.update(*linear_gains(200, -weight, bias))
@@ -62,7 +56,7 @@ def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():
 
 
 def test_the_exit_head_is_not_fitted_to_what_is_not_finite_or_not_there():
-    model = model_of()
+    model = build(halting="exit")
     fit, weight, bias = ExitFit(model, target_depth=2), torch.randn(4, 32), torch.zeros(4)
     fit.update(*linear_gains(200, weight, bias))
     before = model.halting.weight.clone(), model.config.tolerance, fit.sums.clone()

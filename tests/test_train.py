@@ -18,6 +18,7 @@ import halting
 import prepare_data
 import train
 from launching import ROOT, assert_same_run, curve, launch, signals_put_back, torchrun
+from metrics import peak_tflops
 from model import RecurrentTransformer
 from sources import Source
 
@@ -341,9 +342,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(workplace, monkey
 )
 def test_an_unknown_gpu_has_no_peak(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert train.peak_tflops(torch.device("cuda"), torch.bfloat16, in_fp8=False) == peak
-    assert train.peak_tflops(torch.device("cuda"), torch.bfloat16, in_fp8=True) == 2 * peak
-    assert train.peak_tflops(torch.device("cuda"), torch.float32, in_fp8=False) == 0
+    assert peak_tflops(torch.device("cuda"), torch.bfloat16, in_fp8=False) == peak
+    assert peak_tflops(torch.device("cuda"), torch.bfloat16, in_fp8=True) == 2 * peak
+    assert peak_tflops(torch.device("cuda"), torch.float32, in_fp8=False) == 0
 
 
 def test_learning_rate_and_memory_schedules():
