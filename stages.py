@@ -308,8 +308,8 @@ STAGES = {"pretrain": Pretrain, "sft": SFT, "dpo": DPO}
 
 
 def draw_depth(mean, most, random, shape=(), least=1, sigma=0.5):
-    """Depths in least..most of some shape, one more than a Poisson variable whose rate is log-normal (Geiping et al. 2025,
-    arXiv 2502.05171, section 3.3); before the cuts the mean is `mean`."""
+    """Depths in least..most of some shape, one more than a Poisson variable whose rate is log-normal (Geiping et al.
+    2025, arXiv 2502.05171, section 3.3); before the cuts the mean is `mean`."""
     rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma, shape)
     return np.clip(1 + random.poisson(rate), least, most)
 
