@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from kernels import launch
+from kernels import NAMESPACE, launch
 
 try:
     import triton
@@ -350,6 +350,6 @@ def _gradient(ctx, grad, _):
 
 
 if triton is not None:
-    _forward = torch.library.triton_op("recurrent::attention", _forward, mutates_args={})
-    _backward = torch.library.triton_op("recurrent::attention_backward", _backward, mutates_args={})
+    _forward = torch.library.triton_op(f"{NAMESPACE}::attention", _forward, mutates_args={})
+    _backward = torch.library.triton_op(f"{NAMESPACE}::attention_backward", _backward, mutates_args={})
     _forward.register_autograd(_gradient, setup_context=_save)

@@ -29,6 +29,7 @@ from kernels import (
     E4M3,
     E5M2,
     LARGEST,
+    NAMESPACE,
     log_sum_exp,
     quantize,
     quantize_transpose,
@@ -73,7 +74,7 @@ def matmul(a, b, inverse_a=None, inverse_b=None, dtype=None, bias=None):
     return _scaled_matmul(a, b, inverse_a, inverse_b, dtype, bias)
 
 
-@torch.library.custom_op("recurrent::scaled_matmul", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scaled_matmul", mutates_args=())
 def _scaled_matmul(
     a: torch.Tensor, b: torch.Tensor, inverse_a: torch.Tensor, inverse_b: torch.Tensor, dtype: torch.dtype,
     bias: torch.Tensor | None,

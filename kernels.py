@@ -5,6 +5,8 @@ and writes FP8 in every layout that a GEMM will want, with the largest value see
 stands its definition in PyTorch, which is what runs without a GPU, and what tests and `fp8.self_test` compare with.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,10 @@ try:
     import triton.language as tl
 except ImportError:  # PyTorch for the CPU comes without
     triton = None
+
+# Of our operators. Exported models bring a copy of this module, under a longer name, into one process with it; an
+# operator registered a second time would leave the first without its memory.
+NAMESPACE = re.sub(r"\W", "_", f"recurrent.{__name__}")
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -426,7 +432,7 @@ if triton is not None:
     def operator(function):
         """`function` as an operator that torch.compile sees into: it owns the kernel launches, and no gradient."""
         name = function.__name__.strip("_")
-        return torch.library.triton_op(f"recurrent::{name}", function, mutates_args={})
+        return torch.library.triton_op(f"{NAMESPACE}::{name}", function, mutates_args={})
 
     def _transpose(x: torch.Tensor) -> torch.Tensor:
         (m, n), block = x.shape, 64

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("transformers")
+from torch._library.custom_ops import OPDEF_TO_LIB
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import chat
@@ -18,6 +19,7 @@ import checkpoint
 import data
 import decoding
 import export_hf
+import fp8
 from modeling_recurrent import CACHE
 
 EOT, V = data.EOT, data.VOCAB_SIZE
@@ -411,6 +413,13 @@ def test_files(exported):
         assert not export_hf.relative(file.read_text())[1], file
     assert "tiktoken" not in (exported / "data.py").read_text()
     assert not [path for path in exported.parent.iterdir() if path != exported]
+
+
+def test_its_operators_leave_ours_alone(model):
+    """An operator that is registered a second time is destroyed, and what held it reads freed memory."""
+    copy = sys.modules[f"{type(model).__module__.rpartition('.')[0]}.fp8"]
+    names = {module._scaled_matmul._qualname for module in (copy, fp8)}
+    assert len(names) == 2 and names <= OPDEF_TO_LIB.keys()
 
 
 def test_overwriting(run_folder, tmp_path, capsys):
