@@ -5,8 +5,8 @@ held-out data. train.py has the rest, which is the same for all.
     sft         conversations (chat.py); the mean cross-entropy of the answers, with the <|endoftext|> that ends each
     dpo         preference pairs; direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)
 
-A stage has `groups`, the names of the kinds of token whose loss and depth are logged apart; `steps`; the `sha256` of
-its data; `depth`, the steps of every token in training, or None; `names` of its own sums; and these methods:
+A stage has `groups`, the names of the kinds of token whose loss and depth are logged apart; `steps`; `digests` of what
+it reads; `depths`, the steps of every token in training, or None; `names` of its own sums; and these methods:
 
     read()                  the next step's `Part`s of this process, one a micro-batch, and where the reader then is
     metrics(groups, sums)   what the log gets of a step
@@ -16,6 +16,7 @@ its data; `depth`, the steps of every token in training, or None; `names` of its
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ import checkpoint
 import data
 import decoding
 import evaluate
+from config import ConfigError
 
 
 @dataclass
@@ -56,11 +58,31 @@ class EvalConfig:
 
 
 @dataclass
+class ReplayConfig:
+    """Pretraining text among the conversations or pairs, against forgetting (the PPO-ptx of Ouyang et al. 2022, arXiv
+    2203.02155): `rows` of every micro-batch are streams of it, whose mean cross-entropy per token is added to the loss,
+    times `weight`."""
+
+    path: str = ""  # a folder made by prepare_data.py
+    rows: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.rows < 0 or self.weight <= 0:
+            raise ValueError("'rows' must not be negative, and 'weight' must be above 0")
+        if bool(self.path) != bool(self.rows):
+            raise ValueError("'path' and 'rows' go together: a folder of text, and its rows of every micro-batch")
+
+
+@dataclass
 class DPOConfig:
     beta: float = 0.1  # how far the policy may move from the reference: the smaller, the farther
     loss: Literal["sigmoid", "sigmoid_norm"] = "sigmoid"  # sigmoid_norm: of log-probabilities per token of the answer
     label_smoothing: float = 0.0  # share of the pairs that are expected to be the wrong way round
     end: bool = True  # whether the <|endoftext|> that closes an answer is compared, too; the `sft` term has it always
+    # A pair weighs n^-prompt_power, of n pairs of its prompt. 0: all pairs weigh the same; 1: all prompts. Pairs that
+    # share prompt and answers are learned by heart in one epoch (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+    prompt_power: float = 0.0
     length: float = 0.0  # what every token by which the chosen answer is longer adds to the margin in the loss
     sft: float = 0.0  # weight of the chosen answers' cross-entropy per token, added to the loss
     depth: int = 0  # steps of every token, in policy and reference; 0: the model's maximum
@@ -70,8 +92,8 @@ class DPOConfig:
             raise ValueError(f"'beta' must be above 0, not {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"'label_smoothing' must lie in [0, 0.5), not {self.label_smoothing}")
-        if min(self.sft, self.depth, self.length) < 0:
-            raise ValueError("'sft', 'depth' and 'length' must not be negative")
+        if min(self.sft, self.depth, self.prompt_power, self.length) < 0:
+            raise ValueError("'sft', 'depth', 'prompt_power' and 'length' must not be negative")
 
 
 class Part(NamedTuple):
@@ -83,21 +105,73 @@ class Part(NamedTuple):
     groups: torch.Tensor
     weights: object = None
 
+    def beside(self, tokens, targets, stage):
+        """With rows of text (rows, T) behind these, for their weight in the loss of `stage`."""
+        share = torch.full(tokens.shape, stage.cfg.replay.weight / tokens.numel())
+        weights = self.weights.beside(share) if callable(self.weights) else torch.cat([self.weights, share])
+        groups = torch.full_like(tokens, len(stage.groups) - 1)
+        joined = (torch.cat(pair) for pair in zip(self[:3], (tokens, targets, groups)))
+        return Part(*joined, weights)
+
 
 class Stage:
-    """What they have in common. cfg: train.Config. rank, world, micro: of the processes, and the rows of a part."""
+    """What they have in common. cfg: train.Config. rank, world, micro: of the processes, and the rows of a part. Raises
+    `ConfigError` where `replay` leaves it no rows."""
 
     depth, names = None, ()
 
     def __init__(self, cfg, model, rank, world, micro):
-        self.cfg, self.model, self.rank, self.world, self.micro = cfg, model, rank, world, micro
+        self.cfg, self.model, self.rank, self.world = cfg, model, rank, world
         rows = cfg.train.batch_size // world
-        self.parts = rows // micro
+        self.parts = rows // micro  # of this process
         self.rows = slice(rank * rows, (rank + 1) * rows)  # of the global batch
+        self.micro, self.text = micro - cfg.replay.rows, None  # the rows of a part that are the stage's own
+        self.digests = {}
+        if self.micro < 1:
+            raise ConfigError(f"'replay.rows' {cfg.replay.rows} must be fewer than the {micro} rows of a micro-batch")
+        if cfg.replay.rows:
+            replayed, self.groups = data.Prepared.open(cfg.replay.path), [*self.groups, "text"]
+            self.digests[f"the manifest of {cfg.replay.path}"] = replayed.sha256
+            streams = self.parts * world * cfg.replay.rows
+            self.text = data.TokenStreams(replayed, streams, cfg.train.segment, cfg.train.seed)
 
-    def split(self, *arrays):
-        """Arrays of the global batch's rows as one tuple of tensors a part."""
-        return zip(*(torch.from_numpy(array[self.rows]).split(self.micro) for array in arrays))
+    def split(self, rows, *arrays):
+        """Arrays of the rows of all parts of all processes, `rows` each, as one tuple of tensors a part of this one."""
+        own = slice(self.rank * self.parts * rows, (self.rank + 1) * self.parts * rows)
+        return zip(*(torch.from_numpy(array[own]).split(rows) for array in arrays))
+
+    def with_text(self, parts):
+        """`parts` with the rows of `replay` behind the others, and where the readers then stand."""
+        if self.text is None:
+            return parts, self.state()
+        *arrays, _, text = next(self.text)
+        mixed = [part.beside(*rows, self) for part, rows in zip(parts, self.split(self.cfg.replay.rows, *arrays))]
+        return mixed, {"own": self.reader.state(), "text": text}
+
+    @property
+    def depths(self):
+        """Steps of the tokens of a part, as in the model's forward. Text always goes by the model's own rule."""
+        if self.depth is None or self.text is None:
+            return self.depth
+        depths = torch.full((self.micro + self.cfg.replay.rows, self.cfg.train.segment), self.depth)
+        depths[self.micro :] = 0
+        return depths
+
+    def state(self):
+        """Where the readers stand."""
+        own = self.reader.state()
+        return own if self.text is None else {"own": own, "text": self.text.state()}
+
+    def load_state(self, state):
+        self.reader.load_state(state if self.text is None else state["own"])
+        if self.text is not None:
+            self.text.load_state(state["text"])
+
+    @property
+    def data_sha256(self):
+        """Of all that is read: what a run that goes on must find as it was."""
+        first, *others = self.digests.values()
+        return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
 
     def metrics(self, groups, sums):
         """groups: {name: [sum of nats, sum of steps, tokens]}. sums: those of `names`."""
@@ -110,7 +184,8 @@ class Pretrain(Stage):
         super().__init__(*arguments)
         cfg = self.cfg
         self.prepared = data.Prepared.open(cfg.data.path)
-        self.sha256, self.groups = self.prepared.sha256, self.prepared.domains
+        self.groups = self.prepared.domains
+        self.digests[f"the manifest of {cfg.data.path}"] = self.prepared.sha256
         self.reader = data.TokenStreams(
             self.prepared, cfg.train.batch_size, cfg.train.segment, cfg.train.seed, cfg.data.weights or None
         )
@@ -118,7 +193,7 @@ class Pretrain(Stage):
 
     def read(self):
         *arrays, state = next(self.reader)
-        return [Part(*part) for part in self.split(*arrays)], state
+        return [Part(*part) for part in self.split(self.micro, *arrays)], state
 
     def metrics(self, groups, sums):
         nats, _, tokens = map(sum, zip(*groups.values()))
@@ -151,10 +226,9 @@ class SFT(Stage):
         super().__init__(*arguments)
         cfg = self.cfg
         self.chats = chat.Chats.open(cfg.data.path, "sft")
-        self.sha256 = self.chats.sha256
-        self.reader = chat.ChatRows(
-            self.chats, "train", cfg.train.batch_size, cfg.train.segment, cfg.train.seed, cfg.train.epochs
-        )
+        self.digests[f"the manifest of {cfg.data.path}"] = self.chats.sha256
+        rows = self.parts * self.world * self.micro
+        self.reader = chat.ChatRows(self.chats, "train", rows, cfg.train.segment, cfg.train.seed, cfg.train.epochs)
         self.steps = len(self.reader)
 
     def read(self):
@@ -163,7 +237,7 @@ class SFT(Stage):
         groups = np.where(filling, -1, weights.astype(np.int64))
         # A part's share of the answers varies, and with it its share in the loss.
         weights *= self.parts * self.world / max(weights.sum(), 1)
-        return [Part(*part) for part in self.split(tokens, targets, groups, weights)], self.reader.state()
+        return self.with_text([Part(*part) for part in self.split(self.micro, tokens, targets, groups, weights)])
 
     def metrics(self, groups, sums):
         nats, _, tokens = groups["answer"]
@@ -206,7 +280,7 @@ class DPO(Stage):
         super().__init__(*arguments)
         cfg = self.cfg
         self.chats = chat.Chats.open(cfg.data.path, "preference")
-        self.sha256 = self.chats.sha256  # and of the reference model
+        self.digests[f"the manifest of {cfg.data.path}"] = self.chats.sha256
         self.depth = cfg.dpo.depth or cfg.model.max_depth
         self.reader = chat.PreferencePairs(
             self.chats, "train", self.parts * self.world, self.micro, cfg.train.segment, cfg.train.seed,
@@ -214,6 +288,7 @@ class DPO(Stage):
         )  # fmt: skip
         self.steps = len(self.reader)
         self.reference = self._reference()
+        self.weights = pairs_of_prompt(self.chats, "train") ** -cfg.dpo.prompt_power
 
     def _reference(self):
         """{split: (pairs, 2) float32}, the log-probabilities of both answers under the model at `init`. They are
@@ -221,9 +296,9 @@ class DPO(Stage):
         file = Path(self.cfg.out) / "reference.safetensors"
         device, dtype = self.model.embedding.weight.device, self.model.compute_dtype
         model, meta = checkpoint.load_model(self.cfg.init, device, dtype)
-        key = {"data": self.sha256, "model": fingerprint(model), "depth": str(self.depth), "dtype": str(dtype)}
+        key = {"data": self.chats.sha256, "model": fingerprint(model), "depth": str(self.depth), "dtype": str(dtype)}
         key["end"] = str(self.cfg.dpo.end)
-        self.sha256 = hashlib.sha256((key["data"] + key["model"]).encode()).hexdigest()
+        self.digests["the model at `init`"] = key["model"]
         if file.exists():
             try:
                 with safetensors.safe_open(file, "pt") as stored:
@@ -245,20 +320,22 @@ class DPO(Stage):
 
     def read(self):
         batch = next(self.reader)
-        pairs = sum(len(part.pairs) for part in batch)
-        chosen = sum(int((part.sequence % 2 == 0).sum()) for part in batch)
-        own = batch[self.rank * self.parts : (self.rank + 1) * self.parts]
+        weights = [self.weights[part.pairs] for part in batch]
+        # of no answer, -1, is the 0 at the end
+        chosen = [(x.sequence % 2 == 0) * np.append(w, 0)[x.sequence // 2] for x, w in zip(batch, weights)]
+        # The loss is a weighted mean over the whole batch: of pairs, and of the tokens of chosen answers.
+        scale = self.parts * self.world
+        of_pairs, of_tokens = (scale / sum(float(array.sum()) for array in arrays) for arrays in (weights, chosen))
         parts = []
-        for part in own:
-            tokens, targets, sequence = map(torch.from_numpy, part[:3])
+        for i in range(self.rank * self.parts, (self.rank + 1) * self.parts):
+            tokens, targets, sequence = map(torch.from_numpy, batch[i][:3])
             groups = torch.where(sequence < 0, 0, 1 + sequence % 2)
             groups[(tokens == data.EOT) & (targets == data.EOT)] = -1  # what no pair fills
-            share = self.parts * self.world
             compared = torch.where(self.left_out(targets), -1, sequence)
-            reference = self.reference["train"][part.pairs]
-            loss = PairLoss(self.cfg.dpo, compared, reference, share / pairs, sequence, share / chosen)
+            reference = self.reference["train"][batch[i].pairs]
+            loss = PairLoss(self.cfg.dpo, compared, reference, weights[i] * of_pairs, chosen[i] * of_tokens)
             parts.append(Part(tokens, targets, groups, loss))
-        return parts, self.reader.state()
+        return self.with_text(parts)
 
     def metrics(self, groups, sums):
         pairs = sums[0] or 1
@@ -291,7 +368,7 @@ class DPO(Stage):
         (rows, pairs), beta = self.held_out, self.cfg.dpo.beta
         logps = answer_logps(self.model, rows, self.cfg, memory, self.depth, "validation")
         lengths = np.array([mask.sum() for *_, mask in rows]).reshape(-1, 2)
-        loss = PairLoss(self.cfg.dpo, None, self.reference["val"][pairs], 1 / len(pairs))
+        loss = PairLoss(self.cfg.dpo, None, self.reference["val"][pairs], np.full(len(pairs), 1 / len(pairs)))
         sums = loss.of_logps(torch.from_numpy(logps), torch.from_numpy(lengths))[1]
         result = {name: float(x) / len(pairs) for name, x in zip(self.names[1:], sums[1:])}
         rewards = beta * (logps - self.reference["val"][pairs])
@@ -333,27 +410,33 @@ class PairLoss:
     exchanged. sigmoid_norm: pi per token of the answer (Lambert et al. 2024, arXiv 2411.15124, section 5.1.2). length:
     a longer chosen answer starts with a margin and has less to teach, a shorter one more (R-DPO, Park et al. 2024,
     arXiv 2403.19159): what is left does not reward length as such.
-    compared: (B, T) int64, of which answer a target is, as `chat.PairBatch.sequence`. reference: (n, 2). share: what a
-    pair weighs in the result. For the `sft` term, answers: the same as `compared`, of all targets; sft_share: what one
-    of a chosen answer weighs.
+    compared: (B, T) int64, of which answer a target is, as `chat.PairBatch.sequence`. reference: (n, 2). share: (n,),
+    what the pairs weigh in the result. chosen: (B, T), what targets weigh in the `sft` term.
     """
 
-    def __init__(self, dpo, compared, reference, share, answers=None, sft_share=0.0):
-        self.dpo, self.compared, self.share, self.answers, self.sft_share = dpo, compared, share, answers, sft_share
-        self.reference = torch.from_numpy(np.ascontiguousarray(reference))
-        self.sums = None
+    def __init__(self, dpo, compared, reference, share, chosen=None):
+        self.dpo, self.compared = dpo, compared
+        self.reference, self.share = (torch.from_numpy(np.ascontiguousarray(x)) for x in (reference, share))
+        self.chosen = None if chosen is None else torch.from_numpy(chosen).float()
+        self.text = self.sums = None
+
+    def beside(self, weights):
+        """The same with rows of text behind, whose tokens weigh `weights` (rows, T) in the loss."""
+        self.text = weights
+        return self
 
     def __call__(self, nll):
-        n, nll = len(self.reference), nll.flatten()
-        compared = self.compared.to(nll.device, non_blocking=True).flatten() + 1
+        n, device = len(self.reference), nll.device
+        nll, text = nll[: len(self.compared)], nll[len(self.compared) :]
+        compared = self.compared.to(device, non_blocking=True).flatten() + 1
         zeros = nll.new_zeros(2 * n + 1)  # the first is of all tokens outside of answers
-        logps = zeros.index_add(0, compared, -nll)[1:].view(n, 2)
-        lengths = zeros.index_add(0, compared, torch.ones_like(nll))[1:].view(n, 2)
+        logps = zeros.index_add(0, compared, -nll.flatten())[1:].view(n, 2)
+        lengths = zeros.index_add(0, compared, torch.ones_like(nll).flatten())[1:].view(n, 2)
         value, self.sums = self.of_logps(logps, lengths)
         if self.dpo.sft:
-            answers = self.answers.to(nll.device, non_blocking=True).flatten()
-            chosen = (answers >= 0) & (answers % 2 == 0)
-            value = value + self.dpo.sft * self.sft_share * torch.where(chosen, nll, 0.0).sum()
+            value = value + self.dpo.sft * (self.chosen.to(device, non_blocking=True) * nll).sum()
+        if self.text is not None:
+            value = value + (self.text.to(device, non_blocking=True) * text).sum()
         return value
 
     def of_logps(self, logps, lengths):
@@ -370,7 +453,7 @@ class PairLoss:
             right = (margins > 0) + 0.5 * (margins == 0)  # a policy that is still the reference decides nothing
             sums = [losses, rewards[:, 0], rewards[:, 1], margins, right, logps[:, 0], logps[:, 1]]
             sums = torch.stack([torch.ones_like(margins), *sums]).sum(1)
-        return self.share * losses.sum(), sums
+        return (self.share.to(losses) * losses).sum(), sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,6 +486,15 @@ def pair_rows(chats, split, pairs=None):
             ids, mask = rows.row(2 * pair + side)
             found.append((ids.astype(np.int64), chat.targets(ids, mask).astype(np.int64), mask))
     return found
+
+
+def pairs_of_prompt(chats, split):
+    """Of every pair how many have its prompt, (n,) float64."""
+    rows = chats.split(split)
+    marked = (rows.row(i) for i in range(0, len(rows.index), 2))
+    prompts = [bytes(ids[: np.argmax(mask)]) for ids, mask in marked]
+    counts = Counter(prompts)
+    return np.array([counts[prompt] for prompt in prompts], float)
 
 
 def answer_logps(model, rows, cfg, memory, depth, label):

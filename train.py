@@ -37,7 +37,7 @@ from memory import read_later
 from metrics import Log, peak_tflops
 from model import ModelConfig, RecurrentTransformer, pick_device, pick_dtype
 from optim import OptimConfig, build_optimizers, guard, learning_rate
-from stages import STAGES, DataConfig, DPOConfig, EvalConfig, draw_depth
+from stages import STAGES, DataConfig, DPOConfig, EvalConfig, ReplayConfig, draw_depth
 
 FP8_GEMMS = ("forward", "input_grad", "weight_grad")
 
@@ -109,6 +109,7 @@ class Config:
     train: TrainConfig
     optim: OptimConfig
     eval: EvalConfig
+    replay: ReplayConfig
     dpo: DPOConfig
     stage: Literal["pretrain", "sft", "dpo"] = "pretrain"
     # The model to go on from, with its architecture, as `checkpoint.find` reads it: a run folder, a checkpoint or an
@@ -135,6 +136,8 @@ class Config:
             raise ValueError("'train.dtype = fp8' has no use in the stage dpo: its error would be taken for a reward")
         if self.stage != "dpo" and self.dpo != DPOConfig():
             raise ValueError(f"[dpo] has no use in the stage {self.stage}; leave it out")
+        if pretraining and self.replay.rows:
+            raise ValueError("[replay] has no use in the stage pretrain, which reads text anyway; leave it out")
         if not self.init or self.model != ModelConfig():  # else `with_model` does, which knows the model
             self.check_depths()
 
@@ -235,7 +238,7 @@ class Trainer:
         self.exit = ExitFit(self.model, target) if exits and cfg.model.max_depth > 1 else None
 
         self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
-        self.data_state = self.stage.reader.state()
+        self.data_state = self.stage.state()
         self.batch = None  # read ahead
         self.memories = self._empty_memories(memory_length(0, self.t.memory))
         self.steps = self.stage.steps
@@ -297,7 +300,7 @@ class Trainer:
         stage, groups = self.stage, len(self.stage.groups)
         sums = torch.zeros(groups + 2, 3, device=self.device, dtype=torch.float64)
         own = torch.zeros(len(stage.names), device=self.device, dtype=torch.float64)
-        context, depths = 0.0, [stage.depth] * len(parts)
+        context, depths = 0.0, [stage.depths] * len(parts)
         warming = self.step < self.t.warm_up * self.steps
         if warming:
             depths = [self.t.warm_depth or self.cfg.model.max_depth] * len(parts)
@@ -404,7 +407,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.step * self.t.batch_size * self.t.segment,
             "config": dataclasses.asdict(self.cfg),
-            "data_sha256": self.stage.sha256,
+            "data_sha256": self.stage.data_sha256,
             "data_state": self.data_state,
             "position": self.memories[0].position,
             "memory": self.memories[0].length,
@@ -431,17 +434,22 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"
             )
-        if meta["data_sha256"] != self.stage.sha256:
-            raise data.DataError(
-                f"{self.cfg.data.path}: its manifest{' or the model at `init`' * (self.cfg.stage == 'dpo')} is not the "
-                f"one that {path} was trained on. Prepare it as it was, or choose another `out`"
-            )
-        for key in ("batch_size", "segment", "seed", *(["micro_batch"] if self.cfg.stage == "dpo" else [])):
-            if old["train"][key] != new["train"][key]:
+        # The data position depends on these, and so does which row of the memory is whose.
+        rows = [("train", key) for key in ("batch_size", "segment", "seed")] + [("replay", "rows")]
+        if self.cfg.stage == "dpo" or self.cfg.replay.rows:
+            rows.append(("train", "micro_batch"))
+        for section, key in rows:
+            was, now = old.get(section, {}).get(key, 0), new[section][key]  # there was no [replay] once
+            if was != now:
                 raise ConfigError(
-                    f"'train.{key}' was {old['train'][key]} when {path} was written and is {new['train'][key]} now; "
-                    f"the data position depends on it. Set it back, or choose another `out`"
+                    f"'{section}.{key}' was {was} when {path} was written and is {now} now; the data position depends "
+                    f"on it. Set it back, or choose another `out`"
                 )
+        if meta["data_sha256"] != self.stage.data_sha256:
+            raise data.DataError(
+                f"{' or '.join(self.stage.digests)} is not the one that {path} was trained on. Prepare it as it was, "
+                f"or choose another `out`"
+            )
         checkpoint.load_weights(self.model, path, self.device)
         state = checkpoint.read_tensors(path, "optimizer")
         torch.set_rng_state(state.pop("random/cpu"))
@@ -456,7 +464,7 @@ class Trainer:
         checkpoint.load_optimizers(self.model, self.optimizers, state)
         self.memories = checkpoint.read_memories(path, meta["position"], self.stage.rows, self.micro, self.device)
         self.data_state = meta["data_state"]
-        self.stage.reader.load_state(self.data_state)
+        self.stage.load_state(self.data_state)
         self.step, (self.ponder.value, self.ponder.integral) = meta["step"], meta["ponder_weight"]
         self.bad_steps, self.bad_in_a_row = meta["bad_steps"]
         if self.main:

@@ -135,22 +135,21 @@ def run(monkeypatch, stage, *overrides):
 # ------------------------------------------------------------------------------------------------ losses
 
 
-def slow_dpo(logits, tokens, mask, reference, beta, loss, smoothing, sft, length):
+def slow_dpo(logits, tokens, mask, reference, weights, beta, loss, smoothing, sft, length):
     """DPO as in its paper and in TRL (per-sequence sums of log-probabilities of shifted labels), pair by pair.
 
     logits (2n, T, V), tokens and mask (2n, T): chosen and rejected in turn; mask is of answer tokens as labels."""
     logps = torch.gather(logits[:, :-1].log_softmax(-1), 2, tokens[:, 1:, None])[..., 0] * mask[:, 1:]
-    total, terms = 0, 0
+    total = nll = answers = 0
     for i in range(len(tokens) // 2):
         (chosen, rejected), (ref_chosen, ref_rejected) = logps[2 * i : 2 * i + 2].sum(1), reference[i]
         ratio, other = chosen - ref_chosen, rejected - ref_rejected
         if loss == "sigmoid_norm":
             ratio, other = ratio / mask[2 * i].sum(), other / mask[2 * i + 1].sum()
         delta = beta * (ratio - other) + length * (mask[2 * i].sum() - mask[2 * i + 1].sum())
-        total = total - (1 - smoothing) * F.logsigmoid(delta) - smoothing * F.logsigmoid(-delta)
-        terms += 1
-    nll = -(logps[0::2] * mask[0::2, 1:]).sum() / mask[0::2, 1:].sum()
-    return total / terms + sft * nll
+        total = total - weights[i] * ((1 - smoothing) * F.logsigmoid(delta) + smoothing * F.logsigmoid(-delta))
+        nll, answers = nll - weights[i] * chosen, answers + weights[i] * mask[2 * i].sum()
+    return total / weights.sum() + sft * nll / answers
 
 
 @pytest.mark.parametrize(
@@ -165,13 +164,16 @@ def test_dpo_loss_and_gradients_are_those_of_the_slow_reference(loss, smoothing,
     mask = torch.zeros(2 * n, T)
     for row in range(2 * n):
         mask[row, 4 + row % 3 : 8 + row % 4] = 1
-    slow = slow_dpo(logits, tokens, mask, reference, 0.3, loss, smoothing, sft, length)
+    weights = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+    slow = slow_dpo(logits, tokens, mask, reference, weights, 0.3, loss, smoothing, sft, length)
     (expected,) = torch.autograd.grad(slow, logits)
 
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2 * n, -1)
     sequence = torch.where(mask[:, 1:] > 0, torch.arange(2 * n)[:, None], -1)
     dpo = stages.DPOConfig(beta=0.3, loss=loss, label_smoothing=smoothing, sft=sft, length=length)
-    ours = stages.PairLoss(dpo, sequence, reference.numpy(), 1 / n, sequence, 1 / mask[0::2, 1:].sum())
+    chosen = torch.where((sequence >= 0) & (sequence % 2 == 0), weights[sequence // 2], 0)
+    share, chosen = (x / x.sum() for x in (weights, chosen))
+    ours = stages.PairLoss(dpo, sequence, reference.numpy(), share.numpy(), chosen.numpy())
     value = ours(nll)
     (found,) = torch.autograd.grad(value, logits)
     torch.testing.assert_close(value, slow)
@@ -355,9 +357,81 @@ def test_the_end_of_an_answer_can_be_left_out_of_the_comparison(workplace, finis
     nll = torch.ones(1, 5, requires_grad=True)
     for sft, moved in ((0.0, [False, True, False, True, False]), (0.5, [False, True, True, True, False])):
         dpo, compared = stages.DPOConfig(end=False, sft=sft), torch.where(closing, -1, answers)
-        loss = stages.PairLoss(dpo, compared, np.zeros((1, 2), np.float32), 1.0, answers, 0.5)
+        loss = stages.PairLoss(dpo, compared, np.zeros((1, 2), np.float32), np.ones(1), (answers == 0).numpy() / 2)
         (gradient,) = torch.autograd.grad(loss(nll), nll)
         assert (gradient != 0).tolist() == [moved]
+
+
+def test_prompts_can_weigh_alike(workplace):
+    """However many pairs they have, and however many tokens their answers."""
+    rows = [*rows_of_pairs(9), {"prompt": "Is 7 a number?", "chosen": "Of course.", "rejected": "no"}]
+    Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {"kind": "preference", "out": "more", "domains": {"ours": {"sources": [{"files": "more.jsonl"}]}}}
+    prepare_chat.prepare(config.from_dict(raw, prepare_chat.ChatConfig, "test"), workers=1)
+    chats = stages.chat.Chats.open("more")
+    assert sorted(stages.pairs_of_prompt(chats, "train")) == [1] * 8 + [2] * 2
+
+    Path("more.toml").write_text(CONFIGS["dpo"].replace('"pairs"', '"more"'))
+    cfg = config.load("more.toml", train.Config, ["--dpo.prompt_power=1", "--dpo.sft=1"]).with_model()
+    stage = stages.DPO(cfg, checkpoint.load_model("./sft")[0], 0, 1, 2)
+    relative = []
+    for _ in range(stage.steps):
+        losses = [part.weights for part in stage.read()[0]]
+        shares, chosen = (torch.cat([getattr(x, name).flatten() for x in losses]) for name in ("share", "chosen"))
+        assert float(shares.mean() * len(shares)) == pytest.approx(len(losses)) == pytest.approx(float(chosen.sum()))
+        for loss in losses:
+            for pair, share in enumerate((loss.share / shares.max()).tolist()):
+                of_tokens = loss.chosen[loss.compared == 2 * pair] / chosen.max()
+                assert of_tokens.tolist() == pytest.approx([share] * len(of_tokens)) and len(of_tokens)
+                relative.append(share)
+    assert sorted(relative) == [0.5] * 2 + [1] * 8
+
+
+# ------------------------------------------------------------------------------------------------ replay
+
+REPLAY = ["--replay.path=prepared", "--replay.rows=1", "--replay.weight=0.5"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_text_among_the_rows_adds_its_mean_to_the_loss(workplace, prepared, monkeypatch, stage):
+    """At the first step, which the same model takes; `text` is of the data at replay.path, and goes by the own rule."""
+    runs = {}
+    for name, overrides in (("text", REPLAY), ("more", [*REPLAY[:2], "--replay.weight=2"])):
+        assert run(monkeypatch, stage, f"--out={name}", *overrides) == 0
+        runs[name] = [line for line in curve(workplace / name) if line["event"] == "train"]
+    first, more = runs["text"][0], runs["more"][0]
+    text, others = first["groups"].pop("text"), first["groups"]
+    assert text["tokens"] == 2 * (32 if stage == "sft" else 64) and text["loss"] == more["groups"]["text"]["loss"]
+    assert first["loss"] == more["loss"]
+    assert more["objective"] - first["objective"] == pytest.approx(1.5 * text["loss"], rel=1e-4)
+    if stage == "dpo":
+        assert {group["depth"] for group in others.values()} == {4} and text["depth"] < 4
+    texts = [line["groups"]["text"]["loss"] for line in runs["more"]]
+    assert np.mean(texts[-3:]) < np.mean(texts[:3])
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_with_text_a_stopped_run_goes_on_bit_for_bit(workplace, prepared, monkeypatch, capsys, stage):
+    assert run(monkeypatch, stage, "--out=whole", *REPLAY) == 0
+    step = train.Trainer.train_step
+
+    def stopped(self):
+        if self.step == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", stopped)
+        run(patch, stage, "--out=parts", *REPLAY)
+    capsys.readouterr()
+    for changed, reason in (
+        ("--train.batch_size=8", "'train.batch_size' was 4"),
+        ("--train.micro_batch=4", "'train.micro_batch' was 2"),
+    ):
+        assert run(monkeypatch, stage, "--out=parts", *REPLAY, changed) == 2
+        assert reason in capsys.readouterr().err
+    assert run(monkeypatch, stage, "--out=parts", *REPLAY) == 0 and "going on from" in capsys.readouterr().out
+    assert_same_run(workplace / "parts", workplace / "whole")
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -382,10 +456,14 @@ def test_the_end_of_an_answer_can_be_left_out_of_the_comparison(workplace, finis
         ("dpo", "--dpo.depth=5", "'dpo.depth' 5 must lie in 1..4"),
         ("dpo", "--dpo.loss=hinge", "'dpo.loss' must be one of 'sigmoid', 'sigmoid_norm', not 'hinge'"),
         ("dpo", "--dpo.label_smoothing=0.5", "'label_smoothing' must lie in [0, 0.5), not 0.5"),
-        ("dpo", "--dpo.length=-1", "'sft', 'depth' and 'length' must not be negative"),
+        ("dpo", "--dpo.length=-1", "'sft', 'depth', 'prompt_power' and 'length' must not be negative"),
         ("dpo", "--train.target_depth=2", "'train.target_depth' has no use in the stage dpo"),
         ("dpo", "--train.dtype=fp8", "'train.dtype = fp8' has no use in the stage dpo"),
         ("dpo", "--train.segment=16", "does not fit into 16"),
+        ("sft", "--replay.rows=1", "'path' and 'rows' go together"),
+        ("sft", "--replay.path=text", "'path' and 'rows' go together"),
+        ("dpo", "--replay={path='chats', rows=2}", "'replay.rows' 2 must be fewer than the 2 rows of a micro-batch"),
+        ("dpo", "--replay={path='nowhere', rows=1}", "nowhere: not prepared yet"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, stage, override, message):

@@ -520,7 +520,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
     manifest = folder / "data/manifest.json"
     original = manifest.read_text()
     manifest.write_text(original.replace('"weight": 1.0', '"weight": 2.0'))
-    assert "its manifest is not the one" in refused(monkeypatch, capsys)
+    assert "the manifest of data is not the one" in refused(monkeypatch, capsys)
     manifest.write_text(original)
     with open(newest / "optimizer.safetensors", "r+b") as file:
         file.seek(-3, os.SEEK_END)
