@@ -68,8 +68,10 @@ class ReplayConfig:
     weight: float = 1.0
 
     def __post_init__(self):
-        if self.rows < 0 or self.weight <= 0:
-            raise ValueError("'rows' must not be negative, and 'weight' must be above 0")
+        if self.rows < 0:
+            raise ValueError(f"'rows' must not be negative, as {self.rows} is")
+        if self.weight <= 0:
+            raise ValueError(f"'weight' must be above 0, not {self.weight}")
         if bool(self.path) != bool(self.rows):
             raise ValueError("'path' and 'rows' go together: a folder of text, and its rows of every micro-batch")
 

@@ -435,10 +435,10 @@ class Trainer:
                 f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"
             )
         # The data position depends on these, and so does which row of the memory is whose.
-        rows = [("train", key) for key in ("batch_size", "segment", "seed")] + [("replay", "rows")]
+        settings = [("train", key) for key in ("batch_size", "segment", "seed")] + [("replay", "rows")]
         if self.cfg.stage == "dpo" or self.cfg.replay.rows:
-            rows.append(("train", "micro_batch"))
-        for section, key in rows:
+            settings.append(("train", "micro_batch"))
+        for section, key in settings:
             was, now = old.get(section, {}).get(key, 0), new[section][key]  # there was no [replay] once
             if was != now:
                 raise ConfigError(

@@ -378,7 +378,7 @@ def test_prompts_can_weigh_alike(workplace):
     for _ in range(stage.steps):
         losses = [part.weights for part in stage.read()[0]]
         shares, chosen = (torch.cat([getattr(x, name).flatten() for x in losses]) for name in ("share", "chosen"))
-        assert float(shares.mean() * len(shares)) == pytest.approx(len(losses)) == pytest.approx(float(chosen.sum()))
+        assert float(shares.sum()) == pytest.approx(len(losses)) == pytest.approx(float(chosen.sum()))
         for loss in losses:
             for pair, share in enumerate((loss.share / shares.max()).tolist()):
                 of_tokens = loss.chosen[loss.compared == 2 * pair] / chosen.max()
@@ -462,6 +462,9 @@ def test_with_text_a_stopped_run_goes_on_bit_for_bit(workplace, prepared, monkey
         ("dpo", "--train.segment=16", "does not fit into 16"),
         ("sft", "--replay.rows=1", "'path' and 'rows' go together"),
         ("sft", "--replay.path=text", "'path' and 'rows' go together"),
+        ("sft", "--replay.rows=-1", "'rows' must not be negative, as -1 is"),
+        ("sft", "--replay.weight=0", "'weight' must be above 0, not 0"),
+        ("dpo", "--dpo.prompt_power=-1", "'sft', 'depth', 'prompt_power' and 'length' must not be negative"),
         ("dpo", "--replay={path='chats', rows=2}", "'replay.rows' 2 must be fewer than the 2 rows of a micro-batch"),
         ("dpo", "--replay={path='nowhere', rows=1}", "nowhere: not prepared yet"),
     ],

@@ -533,6 +533,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
     [
         ("--train.batchsize=8", "did you mean 'batch_size'"),
         ("--train.tokens=10", "less than one step"),
+        ("--replay={path='data', rows=1}", "[replay] has no use in the stage pretrain"),
         ("--train.memory=[[0.5, 16]]", "'memory' must be"),
         ('--train.fp8_gemms=["forwards"]', "'fp8_gemms' has 'forwards'; known are forward, input_grad, weight_grad"),
         ("--train.micro_batch=3", "must be a multiple of 'train.micro_batch' 3"),
