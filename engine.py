@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import engine_kernels
 from decoding import Continuation, truncate
-from kernels import heads
+from kernels import heads, swiglu
 from model import LAST, norm
 
 AHEAD = 32  # ticks between two looks of the host
@@ -151,8 +151,7 @@ class Engine:
         x = before if self.plain else a[:, None] * norm(before) + b[:, None] * e
         qkv = multiply(norm(x) * gain[0], self.weights.qkv, s.step)
         x = x + gain[1] * self.behind(multiply(self.attend(qkv).to(dtype), self.weights.output, s.step))
-        gate, up = multiply(norm(x) * gain[2], self.weights.gate_up, s.step).chunk(2, -1)
-        product = (F.silu(gate.float()) * up.float()).to(dtype)
+        product = swiglu(multiply(norm(x) * gain[2], self.weights.gate_up, s.step)).to(dtype)
         h = x + gain[3] * self.behind(multiply(product, self.weights.down, s.step))
         self.halt(h, before)
         self.draw()

@@ -22,8 +22,9 @@ try:
 except ImportError:  # PyTorch for the CPU comes without
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
 
-from kernels import INTERPRETED
+from kernels import INTERPRETED, SWIGLU_LIMIT
 
+LIMIT = tl.constexpr(SWIGLU_LIMIT) if triton else None
 EPSILON = tl.constexpr(1.1920929e-07) if triton else None  # of F.rms_norm: that of float32
 # Rows of a matrix that a program has, and its warps.
 TILES = {"qkv": (8, 8), "output": (4, 4), "gate_up": (8, 8), "down": (2, 4), "head": (8, 8)}
@@ -190,7 +191,7 @@ def _gate_up(
     weight, scale = _of_step(weight, n, 2 * rows, WIDTH, OWN), _of_step(scale, n, 2 * rows, 1, OWN)
     gate = _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED)
     up = _times(weight + rows.to(tl.int64) * WIDTH, scale + rows, row, rows, y, WIDTH, BLOCK, SCALED)
-    tl.store(product + row, gate * tl.sigmoid(gate) * up, mask=row < rows)
+    tl.store(product + row, tl.clamp(gate * tl.sigmoid(gate) * up, -LIMIT, LIMIT), mask=row < rows)
 
 
 @jit

@@ -12,6 +12,9 @@ twice as fast as in bf16; what the GEMM wins, the casts can lose, so this file i
   operands transposed: one read writes both layouts. kernels.py has these, and SwiGLU and its derivative, the widest
   tensors of the model; the rest is left to torch.compile, which fuses the rounding into norms and residuals.
 
+One scale for a whole tensor stands or falls with its largest value, so that of SwiGLU, which has no other bound, is
+limited (`kernels.SWIGLU_LIMIT`).
+
 Values use E4M3 (largest 448, 3 bits of mantissa), gradients too, or E5M2 (57344, 2 bits). Each of the three GEMMs of a
 layer (forward, gradient of the input, gradient of the weight) can stay in bf16. On a CPU the same code rounds to FP8
 and multiplies in float32. The residual stream, norms, injection, halting head and loss are never FP8.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import fp8
 import kernels
 
 triton = pytest.importorskip("triton")
@@ -43,6 +44,7 @@ def test_kernels_equal_their_definitions(both, shape):
     m, n = shape
     scalar = lambda x: torch.tensor(x, device=DEVICE)  # noqa: E731
     wide = 2 * torch.randn(m, 2 * n, device=DEVICE, dtype=torch.bfloat16)
+    wide[0] *= 40  # many products are beyond the limit
     grad = 1e-5 * torch.randn(m, n, device=DEVICE, dtype=torch.bfloat16)
     targets, weights = torch.randint(0, n, (m,), device=DEVICE), torch.rand(m, device=DEVICE)
     lse = torch.logsumexp(wide[:, :n].float(), 1)
@@ -112,6 +114,30 @@ def run_ptx(program, *inputs):
             operation, result, *names = statement.replace(",", " ").split()
             registers[result] = operations[operation](*map(value, names))
     return registers["$0"]
+
+
+def test_an_outlier_of_swiglu_leaves_other_tokens_legible():
+    """Unlimited, its amax of 270,000 would leave a scale at which all others round to zero."""
+    torch.manual_seed(0)
+    wide = torch.randn(64, 2, 32, device=DEVICE)
+    wide[0, :, 0] = 520
+    exact, one = kernels.swiglu(wide.flatten(1)), torch.ones((), device=DEVICE)
+    scale = kernels.LARGEST[kernels.E4M3] / (fp8.Scales.MARGIN * kernels.swiglu_quantize(wide.flatten(1), one)[1])
+    rounded = kernels.swiglu_quantize(wide.flatten(1), scale)[0].float() / scale
+    assert exact.max() == kernels.SWIGLU_LIMIT
+    torch.testing.assert_close(rounded, exact, rtol=0.07, atol=0.005)
+
+
+def test_the_gradient_of_swiglu_is_that_of_autograd():
+    """Zero beyond the limit."""
+    torch.manual_seed(0)
+    wide = (40 * torch.randn(16, 64)).requires_grad_()
+    product, grad = kernels.swiglu(wide), torch.randn(16, 32)
+    beyond = product.detach().abs() == kernels.SWIGLU_LIMIT
+    assert beyond.any() and not beyond.all()
+    result = kernels.swiglu_gradient(grad, wide.detach())
+    torch.testing.assert_close(result, torch.autograd.grad(product, wide, grad)[0])
+    assert not result.view(16, 2, 32)[beyond[:, None].expand(-1, 2, -1)].any()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="has no PTX")
