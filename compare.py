@@ -72,20 +72,22 @@ def draw(runs, file):
     except ImportError:
         raise InputError("--figure needs matplotlib; pip install matplotlib") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     _, axis = pyplot.subplots(figsize=(7, 4.5))
     place = lambda macro: (macro["depth"], np.exp(macro["nats"]))  # noqa: E731
     line = line_to_beat(runs)
     if line:
         points = [place(run["validation"]["macro"]) for run in line]
-        axis.plot(*zip(*points), "ko-", label="fixed depth, a run each")
+        axis.plot(*zip(*points), "ko-", label="fixed depth, the best run of each")
     for i, run in enumerate(run for run in runs if run not in line):
         x, y = place(run["validation"]["macro"])
         axis.plot([x], [y], "o", color=f"C{i % 10}", label=run["name"])
         if forced := sorted(place(macro) for macro in run["validation"].get("forced", {}).values()):
             axis.plot(*zip(*forced), "-", color=f"C{i % 10}", linewidth=0.6)
-    axis.set(xlabel="mean depth (steps a token)", ylabel="perplexity, mean over domains")
+    axis.set(xlabel="mean depth (steps a token)", ylabel="perplexity, mean over domains", yscale="log")
+    axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
+    axis.yaxis.set_minor_formatter(ticker.ScalarFormatter())
     axis.legend(fontsize="small")
     pyplot.tight_layout()
     pyplot.savefig(file, dpi=150)

@@ -25,9 +25,9 @@ LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 # Sizes, and warps: the best of ten on an H200.
 TILES = {"swiglu gradient": (32, 64, 4), "heads": (128, 2), "heads gradient": (32, 4)}
 
-# Largest SwiGLU product, of whichever sign. Gate and up tend to align, and their product grows quadratically (Fishman et
-# al. 2024, arXiv 2409.12517): one of 270,000 leaves a tensorwise E4M3 scale nothing below 1.2 to tell from zero. Healthy
-# runs reach 400 to 4,000. It is part of the model, in every dtype, so that training and inference agree.
+# Largest SwiGLU product, of either sign. Gate and up tend to align, and then their product grows quadratically (Fishman
+# et al. 2024, arXiv 2409.12517): one of 270,000 leaves a tensorwise E4M3 scale nothing below 1.2 to tell from zero.
+# Healthy runs reach 400 to 4,000. It is part of the model, in every dtype, so that training and inference agree.
 SWIGLU_LIMIT = 1024.0
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # in tests

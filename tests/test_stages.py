@@ -194,12 +194,15 @@ def test_answers_are_to_prompts_of_all_sources(tiny_model, monkeypatch):
 
     def generate_batch(model, prompts, limits, **options):
         asked.extend(prompts)
-        return [decoding.Continuation([5] * 2, [3] * 2, True), decoding.Continuation([5] * 8, [4] * 8)]
+        assert len(prompts) == len(limits) <= 2
+        return [decoding.Continuation([5] * 2, [3] * 2, True), decoding.Continuation([5] * 8, [4] * 8)][-len(prompts) :]
 
     monkeypatch.setattr(decoding, "generate_batch", generate_batch)
+    monkeypatch.setattr(stages, "ANSWERS_AT_ONCE", 2)
     written = stages.write_answers(tiny_model(), chats, cfg, 8, limit=8)
     assert [prompt[:-1] for prompt in asked] == [[*range(1, n)] for n in (3, 5, 8)]
-    assert written["tokens"] == 5 and written["ended"] == 0.5 and written["depth"] == pytest.approx(3.8)
+    assert written["tokens"] == 6 and written["ended"] == pytest.approx(1 / 3)
+    assert written["depth"] == pytest.approx((2 * 3 + 16 * 4) / 18)
     assert written["data_tokens"] == pytest.approx((1 + 5 + 8) / 3) and written["data_ended"] == pytest.approx(2 / 3)
 
 
