@@ -132,7 +132,10 @@ class Stage:
         if self.micro < 1:
             raise ConfigError(f"'replay.rows' {cfg.replay.rows} must be fewer than the {micro} rows of a micro-batch")
         if cfg.replay.rows:
-            replayed, self.groups = data.Prepared.open(cfg.replay.path), [*self.groups, "text"]
+            try:
+                replayed, self.groups = data.Prepared.open(cfg.replay.path), [*self.groups, "text"]
+            except data.DataError as error:
+                raise data.DataError(f"[replay] {error}. Without text: --replay.path= --replay.rows=0") from None
             self.digests[f"the manifest of {cfg.replay.path}"] = replayed.sha256
             streams = self.parts * world * cfg.replay.rows
             self.text = data.TokenStreams(replayed, streams, cfg.train.segment, cfg.train.seed)

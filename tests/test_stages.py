@@ -469,7 +469,7 @@ def test_with_text_a_stopped_run_goes_on_bit_for_bit(workplace, prepared, monkey
         ("sft", "--replay.weight=0", "'weight' must be above 0, not 0"),
         ("dpo", "--dpo.prompt_power=-1", "'sft', 'depth', 'prompt_power' and 'length' must not be negative"),
         ("dpo", "--replay={path='chats', rows=2}", "'replay.rows' 2 must be fewer than the 2 rows of a micro-batch"),
-        ("dpo", "--replay={path='nowhere', rows=1}", "nowhere: not prepared yet"),
+        ("dpo", "--replay={path='nowhere', rows=1}", "data config. Without text: --replay.path= --replay.rows=0"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, stage, override, message):
