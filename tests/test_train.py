@@ -20,6 +20,7 @@ import train
 from launching import ROOT, assert_same_run, curve, launch, signals_put_back, torchrun
 from metrics import peak_tflops
 from model import RecurrentTransformer
+from optim import OptimConfig
 from sources import Source
 
 STEPS = 12
@@ -348,10 +349,10 @@ def test_an_unknown_gpu_has_no_peak(monkeypatch, name, peak):
 
 
 def test_learning_rate_and_memory_schedules():
-    optim = train.OptimConfig(warmup=0.1, decay=0.5, final=0.2)
+    optim = OptimConfig(warmup=0.1, decay=0.5, final=0.2)
     rates = [train.learning_rate(x, optim) for x in (0.05, 0.1, 0.5, 0.75, 1.0)]
     assert rates == pytest.approx([0.5, 1, 1, 0.6, 0.2])
-    assert train.learning_rate(0.75, train.OptimConfig(decay=0.5, final=0.2, schedule="cosine")) == pytest.approx(0.6)
+    assert train.learning_rate(0.75, OptimConfig(decay=0.5, final=0.2, schedule="cosine")) == pytest.approx(0.6)
     assert [train.memory_length(x, [(0.0, 512), (0.5, 1024)]) for x in (0, 0.49, 0.5, 0.99)] == [512, 512, 1024, 1024]
 
 
@@ -492,7 +493,7 @@ def test_a_head_for_act_is_none_for_exit(workplace, write_run):
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(sandwich):
     of_demo = config.load(ROOT / "configs/demo.toml", train.Config).model
     model = RecurrentTransformer(dataclasses.replace(of_demo, sandwich=sandwich))
-    optimizers = train.build_optimizers(model, train.OptimConfig())
+    optimizers = train.build_optimizers(model, OptimConfig())
     names = {p: name for name, p in model.named_parameters()}
     held = {key: {names[p] for group in o.param_groups for p in group["params"]} for key, o in optimizers.items()}
     layers = ("query", "key", "value", "output", "gate", "up", "down")
