@@ -13,8 +13,8 @@ The keys and values of a step are written into the cache slots of this step and 
 here, later readers of those slots find what they must see, its frozen keys and values (model.py), and if it does not
 halt, the next step overwrites them.
 
-Here is the definition of a tick in PyTorch. For one row engine_kernels.py has it in Triton, bound by the bytes of the
-weights. Shapes: R rows, D width, H heads, d = D / H, M tokens of cache, S slots, V vocabulary.
+Here is the definition of a tick in PyTorch; engine_kernels.py has it in Triton. Shapes: R rows, D width, H heads,
+d = D / H, M tokens of cache, S slots, V vocabulary.
 """
 
 import warnings
@@ -84,14 +84,6 @@ def quantized(weight):
     return (weight.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
-def multiply(x, weight, step):
-    """x (R, k) through `weight` of `Weights`, (R, m) in the dtype of x; own weights of steps are for one row."""
-    matrix, scale = weight
-    n = step[0] if len(matrix) > 1 else 0
-    y = F.linear(x, matrix[n].to(x.dtype))
-    return y if scale is None else (y * scale[n]).to(x.dtype)
-
-
 class Engine:
     """Rows that decode at once. length: tokens of cache a row. depth: None for the model's own rule, or the steps that
     every token takes. longest: the most tokens that a text may be continued by. weights: their dtype, None for that of
@@ -131,7 +123,7 @@ class Engine:
             self.gains = torch.stack([before, after], 2).flatten(1, 2).contiguous()
         d = c.width // c.heads
         self.frequency = c.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
-        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.seed = torch.zeros(rows, dtype=torch.int64, device=device)  # of the kernels' noise
         self.temperature = torch.full((1,), float(temperature), device=device)
         self.fused = engine_kernels.available(model)  # attention, and with `kernels` all of a tick
         self.kernels = engine_kernels.Tick(self) if has_kernels(model, rows, top_k, top_p) else None
@@ -149,12 +141,19 @@ class Engine:
         before, e = s.h.to(dtype), s.e.to(dtype)
         a, b = self.inject[s.step].to(dtype).unbind(1)
         x = before if self.plain else a[:, None] * norm(before) + b[:, None] * e
-        qkv = multiply(norm(x) * gain[0], self.weights.qkv, s.step)
-        x = x + gain[1] * self.behind(multiply(self.attend(qkv).to(dtype), self.weights.output, s.step))
-        product = swiglu(multiply(norm(x) * gain[2], self.weights.gate_up, s.step)).to(dtype)
-        h = x + gain[3] * self.behind(multiply(product, self.weights.down, s.step))
+        qkv = self.multiply(norm(x) * gain[0], "qkv")
+        x = x + gain[1] * self.behind(self.multiply(self.attend(qkv).to(dtype), "output"))
+        product = swiglu(self.multiply(norm(x) * gain[2], "gate_up")).to(dtype)
+        h = x + gain[3] * self.behind(self.multiply(product, "down"))
         self.halt(h, before)
         self.draw()
+
+    def multiply(self, x, name):
+        """x (R, k) through a matrix of `Weights`, (R, m) in the dtype of x; own weights of steps are for one row."""
+        matrix, scale = getattr(self.weights, name)
+        n = self.state.step[0] if len(matrix) > 1 else 0
+        y = F.linear(x, matrix[n].to(x.dtype))
+        return y if scale is None else (y * scale[n]).to(x.dtype)
 
     def attend(self, qkv):
         """What the rows find, (R, D); writes their keys and values, of qkv (R, 3 D), into the cache."""
@@ -191,7 +190,7 @@ class Engine:
     def draw(self):
         """The next token of rows that have halted, and the start of its recurrence."""
         s, dtype, vocabulary = self.state, self.model.compute_dtype, self.model.config.vocab_size
-        logits = multiply(norm(s.out.to(dtype)), self.weights.head, s.step) + self.model.padding.to(dtype)
+        logits = self.multiply(norm(s.out.to(dtype)), "head") + self.model.padding.to(dtype)
         self.accept(self.sample(logits[:, :vocabulary].float()))
 
     def sample(self, logits):
@@ -245,6 +244,7 @@ class Engine:
         """Put a text into a row whose `memory`, of `length` tokens, the model has filled, and after which it has drawn
         a first token; `depth`: the steps that this took. limit: counts that token."""
         s, model, position = self.state, self.model, memory.position
+        self.seed[row].random_(2**62)
         ring = memory.resized(self.columns).ring
         for cache, part in ((self.keys, ring.keys), (self.values, ring.values)):
             for slot in range(self.slots):
@@ -368,7 +368,7 @@ def has_kernels(model, rows, top_k=None, top_p=1.0):
     """Whether a tick is that of engine_kernels.py."""
     c = model.config
     plain = c.halting in ("act", "fixed") and c.injection == "gain" and not c.sandwich and top_k is None and top_p == 1
-    return rows == 1 and plain and engine_kernels.available(model) and unfit(model, rows) is None
+    return plain and engine_kernels.available(model) and unfit(model, rows) is None
 
 
 def unfit(model, rows):

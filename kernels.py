@@ -74,8 +74,9 @@ def swiglu_gradient(grad, gate_up):
     """The gradient of `swiglu` with respect to gate_up (m, 2 F), float32; grad: (m, F)."""
     gate, up = gate_up.float().chunk(2, -1)
     sigmoid = gate.sigmoid()
-    grad = torch.where((gate * sigmoid * up).abs() > SWIGLU_LIMIT, 0, grad)
-    return torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], -1)
+    silu = gate * sigmoid
+    grad = torch.where((silu * up).abs() > SWIGLU_LIMIT, 0, grad)
+    return torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], -1)
 
 
 def swiglu_quantize(gate_up, scale):

@@ -16,6 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PROMPTS = [[0], [0, *range(40, 60)], [0, 7, 7], [0, *range(100, 111)], [0, 5]]
 LIMITS = [9, 5, 12, 7, 3]
 plain = pytest.mark.skipif(INTERPRETED, reason="has no kernel of its own")
+pytestmark = pytest.mark.filterwarnings("error:decoding on")  # without kernels where these should serve
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def few_launches(monkeypatch):
         tiles = dict.fromkeys(engine_kernels.TILES, (32, 4)) | {"head": (128, 4)}
         monkeypatch.setattr(engine_kernels, "TILES", tiles)
         monkeypatch.setattr(engine_kernels, "SPLITS", 2)
-        monkeypatch.setattr(engine_kernels, "KEYS", 32)  # of 65: one program reads twice
+        monkeypatch.setattr(engine_kernels, "KEYS", 16)  # of 65: programs read two or three times
 
 
 def one_by_one(model, prompts, limits, **options):
@@ -49,9 +50,13 @@ def tiny(tiny_model):
             for layer in (block.gate, block.up):
                 layer.weight.data[0] *= 200
             block.down.weight.data[:, 0] *= 1e-2
+        if model.gains is not None:  # so that rows must know which step they are at
+            model.gains.data.uniform_(0.5, 1.5)
+        if model.inject is not None:
+            model.inject.data.uniform_(0.5, 1.5)
         model.padding[0] = 2.0  # added to the logit of <|endoftext|>, so that some texts end early
         if changes.get("halting") == "exit":
-            model.halting.bias.data.normal_()  # so that rows must know which step they are at
+            model.halting.bias.data.normal_()
         return model
 
     return build
@@ -74,6 +79,25 @@ def test_rows_are_their_texts_one_by_one(tiny, changes, depth, rows, prompts):
     assert found == one_by_one(model, prompts, limits, depth=depth, memory_length=64)
     varies = depth is None and changes.get("halting") != "fixed"
     assert (len({depth for _, depths in found for depth in depths}) > 1) == varies
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
+def test_a_tick_is_its_definition(tiny):
+    """All numbers of the state, of rows that come one after the other: one ends early, and one stays idle."""
+    told = []
+    for kernels in (True, False):
+        machine = Engine(tiny(), 4, 64, longest=12)
+        if not kernels:
+            machine.kernels, machine.fused = None, False
+        told.append([])
+        for i, prompt in enumerate([*PROMPTS[1:4], None, None, None]):
+            if prompt:
+                machine.join(i, prompt, 2 if i == 1 else 12)
+            machine.tick()
+            told[-1] += [(name, x.clone()) for name, x in vars(machine.state).items()]
+    for (name, found), (_, expected) in zip(*told):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert len({int(step) for name, steps in told[0] if name == "step" for step in steps[:3]}) > 2
 
 
 @pytest.mark.parametrize("rows", [1] if INTERPRETED else [1, 2])
@@ -108,7 +132,7 @@ def test_a_conversation_goes_on_where_the_engine_ended(tiny, monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
-@pytest.mark.parametrize("rows, kernel", [(1, "_down"), (2, "_attend")])
+@pytest.mark.parametrize("rows, kernel", [(1, "_down"), (2, "_attend"), (2, "_residual")])
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
 def test_kernels_that_fail_are_left_out(tiny, monkeypatch, rows, kernel, fault):
     """One that writes nothing, or one that does not compile: the text is the same, and a warning says why."""
@@ -144,7 +168,7 @@ def test_until_ends_a_text_and_frees_its_row(tiny):
     assert [one.tokens for i, one in enumerate(made) if i != 2] == [one.tokens for i, one in enumerate(whole) if i != 2]
 
 
-@pytest.mark.parametrize("rows, n", [(1, 20)] if INTERPRETED else [(4, 400)])
+@pytest.mark.parametrize("rows, n", [(1, 20), (2, 20)] if INTERPRETED else [(4, 400)])
 def test_tokens_are_drawn_from_their_distribution(tiny, rows, n):
     """All probability is on three tokens: half, a third, a sixth, whatever was read."""
     model = tiny(halting="fixed", max_depth=1)
@@ -202,15 +226,19 @@ def test_kernels_compile(capability, weight):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    f, i, whole, numbers = "*fp32", "*i64", "i32", ["i32"] * 4
+    f, low, i, whole, numbers = "*fp32", "*bf16", "*i64", "i32", ["i32"] * 4
     size, own = dict(WIDTH=1280, BLOCK=2048), dict(TILE=8, SCALED=weight != "*bf16", OWN=False)
     for kernel, types, constants in (
         ("_qkv", [f, f, i, f, f, weight, f, f, f, whole], size | own),
-        ("_attend", [f, "*bf16", "*bf16", i, i, i, "*fp64", f, f, f, *numbers], dict(HALF=32, BLOCK=64, PARTS=4)),
+        ("_attend", [f, low, low, i, i, i, "*fp64", f, f, f, *numbers], dict(HALF=32, BLOCK=64, PARTS=4)),
         ("_output", [f, f, f, f, i, f, weight, f, f, whole], size | own | dict(HEAD=64, PARTS=4)),
         ("_gate_up", [f, i, f, weight, f, f, whole], size | own),
         ("_down", [f, f, i, f, weight, f, f, whole], own | dict(WIDTH=1280, HIDDEN=10240, BLOCK=2048)),
-        ("_halt", [f, f, f, i, i, i, f, f, whole, f], size | dict(ACT=True, ADAPTIVE=True)),
+        ("_halt", [f, f, f, i, i, i, f, f, low, whole, f], size | dict(ACT=True, ADAPTIVE=True, NORM=True)),
+        ("_enter", [f, f, i, f, f, f, low], size),
+        ("_merge", [f, f, f, low], size | dict(HEAD=64, PARTS=4)),
+        ("_residual", [f, low, i, f, f, low], size | dict(GAIN=1, NORM=True)),
+        ("_pick", [low, i, i, i, f, f, "*i32", whole, whole, f], dict(TILE=2048, RANDOM=True)),
         ("_head", [f, i, i, i, weight, f, f, f, "*i32", whole, f],
          size | dict(TILE=16, SCALED=weight != "*bf16", RANDOM=True)),
         ("_next", [i, f, "*i32", i, i, i, i, f, f, f, f, i, i, i, i, f, *numbers], size | dict(END=50256, MANY=4096)),
