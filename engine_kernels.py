@@ -155,10 +155,11 @@ def _attend(
             tl.store(values + at, v_a.to(values.dtype.element_ty))
             tl.store(values + at + HALF, v_b.to(values.dtype.element_ty))
         high_, sum_, acc_a, acc_b = tl.sum(q_a * k_a + q_b * k_b, 0), 1.0, v_a, v_b
-    for start in range(part * BLOCK, M, PARTS * BLOCK):
+    end = tl.minimum(p + 1, M).to(tl.int32)  # behind it nothing has been written
+    for start in range(part * BLOCK, end, PARTS * BLOCK):
         j = start + tl.arange(0, BLOCK)
         behind = tl.where(j <= column, column - j, column - j + M)
-        seen = (j < M) & (behind > 0) & (behind <= visible)
+        seen = (j < end) & (behind > 0) & (behind <= visible)
         at = (((n * rows + row).to(tl.int64) * M + j) * row_size + head * (2 * HALF))[:, None] + lane[None, :]
         k_a = tl.load(keys + at, mask=seen[:, None], other=0.0).to(tl.float32)
         k_b = tl.load(keys + at + HALF, mask=seen[:, None], other=0.0).to(tl.float32)
