@@ -289,6 +289,7 @@ def _halt(
     tl.store(out + at + column, result, mask=inside)
     if NORM:
         tl.store(y + at + column, _norm(result, WIDTH).to(y.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # all warps have read what is written now
     tl.store(remainder + row, rest - weight)
     tl.store(step + row, n + 1)
     tl.store(halted + row, tl.where(stops & (tl.load(left + row) > 0), 1, 0))
@@ -399,7 +400,7 @@ class Tick:
     def __init__(self, engine):
         self.engine = engine
         c, device, R = engine.model.config, engine.keys.device, engine.rows
-        vector = lambda size, dtype=torch.float32: torch.empty(R, size, dtype=dtype, device=device)  # noqa: E731
+        vector = lambda size, dtype=torch.float32: torch.zeros(R, size, dtype=dtype, device=device)  # noqa: E731
         self.x, self.y, self.qkv, self.product = map(vector, (c.width, c.width, 3 * c.width, c.hidden))
         self.low = vector(c.width, engine.model.compute_dtype)  # what the next product of matrices reads
         self.parts, self.tiles = _parts(engine, R), -(-c.vocab_size // TILES["head" if R == 1 else "pick"][0])
