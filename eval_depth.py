@@ -1,7 +1,7 @@
 """Depth per topic: on which texts, and on which kinds of token, does the model spend its steps?
 
     python eval_depth.py                                    the held-out text of the newest checkpoint's data
-    python eval_depth.py texts/ --by_class --forced         one sub-folder or file a topic: .txt .py .jsonl(.zst) ...
+    python eval_depth.py texts/ --by_class --forced         one sub-folder or file a topic: .txt .py .jsonl ...
     python eval_depth.py --json depth.json --markdown depth.md
     python eval_depth.py --map map.html --text model.py     one text, every token shaded by its depth; and map.png
 
@@ -36,7 +36,7 @@ import data
 import evaluate
 from depth_map import html_map, png_map
 from sample import InputError, add_model_options, load_model
-from sources import ZstdFile
+from sources import unpacked, unpacked_name
 
 # -------------------------------------------------------------------------------------------------- texts
 
@@ -71,13 +71,23 @@ def read_topics(path, limit):
         visible = lambda file: not any(p.startswith(".") for p in file.relative_to(path).parts)  # noqa: E731
         for entry in sorted(filter(visible, path.iterdir())) if path.is_dir() else [path]:
             files = sorted(p for p in entry.rglob("*") if p.is_file() and visible(p)) if entry.is_dir() else [entry]
-            name = entry.name if entry.is_dir() else Path(entry.name.removesuffix(".zst")).stem
+            name = entry.name if entry.is_dir() else Path(unpacked_name(entry)).stem
             topics.setdefault(name, []).extend(encode(files, name, limit))
         if not topics:
             raise InputError(f"{path}: an empty folder; put one sub-folder or one file a topic in it")
     if empty := [name for name, documents in topics.items() if not documents]:
         raise InputError(f"{path}: the topic '{empty[0]}' has no text; add some, or remove it")
     return topics
+
+
+def own_texts(meta, option):
+    """The folder of the text that a model was trained on. option: how the command line names another. Raises
+    `InputError` for a model that was trained on conversations."""
+    path, stage = meta["config"]["data"]["path"], checkpoint.stage(meta)
+    if stage != "pretrain":
+        raise InputError(f"{path}: the data of a run of the stage {stage}, which is not text; name a folder of text by "
+                         f"{option}, or a run of the stage pretrain as the checkpoint")  # fmt: skip
+    return path
 
 
 def encode(files, topic, limit):
@@ -95,17 +105,17 @@ def encode(files, topic, limit):
 
 
 def read_texts(file):
-    """The documents of one file: the "text" of every line of .jsonl and .jsonl.zst, any other file as a whole.
+    """The documents of one file: the "text" of every line of .jsonl (.zst, .gz), any other file as a whole.
 
     Raises `InputError`.
     """
     where = file
     try:
-        if not file.name.endswith((".jsonl", ".jsonl.zst")):
+        if not unpacked_name(file).endswith(".jsonl"):
             yield file.read_bytes().decode("utf-8-sig")
             return
-        with open(file, "rb") as raw:
-            for number, line in enumerate(ZstdFile(raw) if file.suffix == ".zst" else raw, 1):
+        with unpacked(file) as (lines, _):
+            for number, line in enumerate(lines, 1):
                 where = f"{file}, line {number}"
                 if line.strip():
                     text = json.loads(line.decode("utf-8"))["text"]
@@ -337,7 +347,7 @@ def run(args):
         (documents,) = read_topics(args.text, args.tokens).values()
         mapped, title = score(documents[:1], args.text.name)[0], args.text.name
     if args.texts or not args.text:
-        texts = args.texts or meta["config"]["data"]["path"]
+        texts = args.texts or own_texts(meta, "the argument TEXTS")
         topics = read_topics(texts, args.tokens)
         scores = {name: score(documents, name) for name, documents in topics.items()}
         tables = {"checkpoint": str(path), "step": meta["step"], "texts": str(texts), "max_depth": N}

@@ -18,6 +18,8 @@ import random
 import re
 import sysconfig
 import warnings
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,13 +29,16 @@ from data import DataError
 
 MAX_DOCUMENT = 10**8  # bytes; a larger one is nearly always a corpus that lost its line breaks
 KINDS = ("files", "package", "mapping", "generated", "hub")
+PACKED = (".zst", ".gz")  # the endings of compressed files
 
 
 @dataclass
 class Source:
     """One place that text comes from. Exactly one of the five first keys says which kind it is."""
 
-    files: str = ""  # a path or glob: .jsonl, .jsonl.zst and .parquet by rows, anything else one document a file
+    # a path or glob: .jsonl and .parquet by rows, for prepare_chat.py .json too, anything else one document a file;
+    # .jsonl and .json may be compressed: .jsonl.zst, .jsonl.gz
+    files: str = ""
     package: str = ""  # an installed package, found but never imported; "stdlib" is Python's own library
     mapping: str = ""  # "module:attribute", a dict of texts
     generated: str = ""  # one of `GENERATORS`: made here, from the seed
@@ -153,12 +158,15 @@ def package_folder(package):
 def read_file(source, path, skip, seed):
     if path is None:
         return {"mapping": read_mapping, "generated": read_generated, "hub": read_hub}[source.kind](source, skip, seed)
-    if str(path).endswith((".jsonl", ".jsonl.zst")):
+    name = unpacked_name(path)
+    if name.endswith(".jsonl"):
         return read_jsonl(source, path, skip)
-    if str(path).endswith(".parquet"):
-        return read_parquet(source, path, skip)
-    if str(path).endswith(".json") and not source.text:
+    if name.endswith(".json") and not source.text:
         return read_json(path, skip)
+    if name != Path(path).name:  # an archive, perhaps, of which unpacking alone makes no text
+        raise DataError("of compressed files only .jsonl is read, and .json with conversations; unpack it first")
+    if name.endswith(".parquet"):
+        return read_parquet(source, path, skip)
     return read_text(source, path, skip)
 
 
@@ -173,16 +181,35 @@ def column(row, name):
     return row[name] if isinstance(row[name], str) else Bad(f"'{name}' is {type(row[name]).__name__}, not text")
 
 
-class ZstdFile(io.RawIOBase):
-    """Decompressed bytes of `raw`. The library's own stream reader ends a truncated file without a word.
+def unpacked_name(path):
+    """The name of a file, without the ending that says how it is compressed."""
+    path = Path(path)
+    return path.stem if path.suffix in PACKED else path.name
+
+
+@contextmanager
+def unpacked(path):
+    """Open a file: a stream of its bytes, decompressed where its name ends as in `PACKED`, and the open file itself,
+    whose `tell` is how far it has been read. Reading raises `DataError` where a compressed file is damaged."""
+    suffix = Path(path).suffix
+    with open(path, "rb") as raw:
+        yield io.BufferedReader(UnpackedFile(raw, suffix), 2**18) if suffix in PACKED else raw, raw
+
+
+class UnpackedFile(io.RawIOBase):
+    """Decompressed bytes of `raw`. The stream reader of zstandard ends a truncated file without a word.
 
     Reading raises `DataError` where the file is damaged."""
 
-    def __init__(self, raw):
-        import zstandard  # here: most sources do not need it, and not every machine that trains has it
+    def __init__(self, raw, suffix):
+        self.raw, self.frame, self.ready = raw, None, b""
+        if suffix == ".gz":
+            self.form, self.error, self.new_frame = "gzip", zlib.error, lambda: zlib.decompressobj(16 + zlib.MAX_WBITS)
+        else:
+            import zstandard  # here: most sources do not need it, and not every machine that trains has it
 
-        self.library = zstandard
-        self.raw, self.frame, self.ready, self.consumed = raw, None, b"", 0
+            self.form, self.error = "Zstandard", zstandard.ZstdError
+            self.new_frame = lambda: zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
 
     def readable(self):
         return True
@@ -193,17 +220,16 @@ class ZstdFile(io.RawIOBase):
             chunk = self.frame.unused_data if ended else b""
             if not chunk:
                 chunk = self.raw.read(2**16)
-                self.consumed += len(chunk)
             if not chunk and self.frame is not None and not ended:
                 raise DataError("the compressed file is truncated; copy it again")
             if not chunk:
                 return 0
             if self.frame is None or ended:
-                self.frame = self.library.ZstdDecompressor(max_window_size=2**27).decompressobj()
+                self.frame = self.new_frame()
             try:
                 self.ready = memoryview(self.frame.decompress(chunk))
-            except self.library.ZstdError as error:
-                raise DataError(f"not a Zstandard file, or a damaged one: {error}") from None
+            except self.error as error:
+                raise DataError(f"not a {self.form} file, or a damaged one: {error}") from None
         count = min(len(buffer), len(self.ready))
         buffer[:count], self.ready = self.ready[:count], self.ready[count:]
         return count
@@ -211,13 +237,10 @@ class ZstdFile(io.RawIOBase):
 
 def read_jsonl(source, path, skip):
     # A reader of our own: `datasets` does not tell the line of a broken record, nor how far into the file it is.
-    with open(path, "rb") as raw:
-        packed = ZstdFile(raw) if str(path).endswith(".zst") else None
-        lines = io.BufferedReader(packed, 2**18) if packed else raw
-        number = position = 0
+    with unpacked(path) as (lines, raw):
+        number = 0
         while line := lines.readline(MAX_DOCUMENT + 1):
             number += 1
-            position = packed.consumed if packed else position + len(line)
             if number <= skip or line.isspace():
                 continue
             if len(line) > MAX_DOCUMENT:
@@ -228,7 +251,7 @@ def read_jsonl(source, path, skip):
                 text = Bad(f"not UTF-8 at byte {error.start} of the line")
             except json.JSONDecodeError as error:
                 text = Bad(f"broken JSON: {error.msg} at column {error.colno}")
-            yield number, Bad(text.reason, number) if isinstance(text, Bad) else text, position
+            yield number, Bad(text.reason, number) if isinstance(text, Bad) else text, raw.tell()
         if not number:
             raise DataError("the file is empty")
 
@@ -236,7 +259,8 @@ def read_jsonl(source, path, skip):
 def read_json(path, skip):
     """The rows of one JSON list, counted from 1."""
     try:
-        rows = json.loads(Path(path).read_bytes())
+        with unpacked(path) as (file, _):
+            rows = json.loads(file.read())
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:

@@ -1,5 +1,6 @@
 """Known answers for the statistics, classes and maps of eval_depth.py, and its tables against evaluate.score."""
 
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -165,6 +166,14 @@ def test_tokens_are_capped_per_topic(texts):
     assert [len(d.tokens) - 1 for d in topics["poem"]] == [12]
 
 
+def test_lines_compressed_by_gzip_are_a_topic(tmp_path):
+    (tmp_path / "play.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Who is there?"}\n{"text": "Long live!"}\n'))
+    topics = eval_depth.read_topics(tmp_path, 100)
+    assert [*topics] == ["play"] and [data.load_tokenizer().decode(d.tokens[1:].tolist()) for d in topics["play"]] == [
+        "Who is there?", "Long live!"
+    ]  # fmt: skip
+
+
 def test_a_prepared_folder_is_read_to_its_end(tmp_path, write_prepared):
     write_prepared(tmp_path, {"code": (1, [], [[[5, 6, 7], [8], []]])})
     (topic,) = eval_depth.read_topics(tmp_path, 100).values()
@@ -314,6 +323,31 @@ def test_bad_texts_are_named(run_folder, tmp_path, capsys, message):
     assert run(run_folder, tmp_path) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "main, argv, option",
+    [
+        (eval_depth.main, ["--checkpoint"], "the argument TEXTS"),
+        (evaluate.main, ["perplexity"], "--data FOLDER"),
+        (evaluate.main, ["context"], "--data FOLDER"),
+    ],
+)
+def test_a_run_on_conversations_needs_other_text(run_folder, texts, tmp_path, capsys, main, argv, option):
+    path = checkpoint.begin(tmp_path / "checkpoints", 7)
+    before = checkpoint.find(run_folder)
+    checkpoint.write_tensors(path, "model", checkpoint.read_tensors(before, "model"))
+    meta = checkpoint.read_meta(before)
+    meta["config"] |= {"stage": "dpo", "data": {"path": "data/demo_dpo"}}
+    checkpoint.finish(path, meta)
+    assert main([*argv, str(tmp_path), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        "error: data/demo_dpo: the data of a run of the stage dpo, which is not text; name a folder of text by "
+        f"{option}, or a run of the stage pretrain as the checkpoint\n"
+    )
+    named = [str(texts)] if main == eval_depth.main else ["--data", str(texts)]
+    assert main([*argv, str(tmp_path), *named, "--device", "cpu"]) == 0
 
 
 def test_bad_arguments_are_named(run_folder, texts, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Shards and manifest, byte-identical resumption, duplicates, and every kind of bad input."""
 
 import errno
+import gzip
 import hashlib
 import json
 import random
@@ -321,6 +322,11 @@ BAD = {
     "not UTF-8 in a text file": ("x.txt", b"one\ntwo\ncaf\xe9\n", "x.txt:3: not UTF-8"),
     "truncated zstd": ("x.jsonl.zst", zstandard.compress(GOOD * 1000)[:-5], "x.jsonl.zst: the compressed file is"),
     "not zstd": ("x.jsonl.zst", b"plain text", "x.jsonl.zst: not a Zstandard file"),
+    "truncated gzip": ("x.jsonl.gz", gzip.compress(GOOD * 1000)[:-5], "x.jsonl.gz: the compressed file is truncated"),
+    "damaged gzip": ("x.jsonl.gz", gzip.compress(GOOD)[:-5] + bytes(5), "x.jsonl.gz: not a gzip file, or a damaged"),
+    "not gzip": ("x.jsonl.gz", b"plain text", "x.jsonl.gz: not a gzip file"),
+    "empty gzip": ("x.jsonl.gz", gzip.compress(b""), "x.jsonl.gz: the file is empty"),
+    "another file compressed": ("x.tar.gz", gzip.compress(GOOD), "x.tar.gz: of compressed files only .jsonl is read"),
     "not parquet": ("x.parquet", b"plain text", "x.parquet: not a Parquet file"),
 }
 
@@ -457,6 +463,32 @@ def test_zstd_with_long_windows_and_several_frames():
     Path("x.jsonl.zst").write_bytes(b"".join(frames))
     prepare({"a": {"sources": [{"files": "x.jsonl.zst", "text": "body"}]}})
     assert documents("out", "train", "a") == wanted
+
+
+@pytest.mark.parametrize("ending, compress", [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_compressed_lines_are_read_on_from_any_record(ending, compress):
+    rows = [{"chosen": text, "rejected": text[::-1]} for text in texts(300)]  # as HH-RLHF comes
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    cut = len(raw) // 3  # inside a line: the parts of a compressed file know of no lines
+    Path(f"x.jsonl.{ending}").write_bytes(compress(raw[:cut]) + compress(raw[cut:]))
+    Path("plain.jsonl").write_bytes(raw)
+    source = sources.Source(files=f"x.jsonl.{ending}", text="")
+    records = list(sources.read_sources([source], (0, 0, 0), 0))
+    assert [record.text for record in records] == rows
+    assert sum(record.read for record in records) == Path(source.files).stat().st_size
+    plain = list(sources.read_sources([sources.Source(files="plain.jsonl", text="")], (0, 0, 0), 0))
+    assert [record.next for record in records] == [record.next for record in plain]
+    for n in (1, 150, 299, 300):
+        rest = list(sources.read_sources([source], records[n - 1].next, 0))
+        assert [(record.text, record.next) for record in rest] == [(r.text, r.next) for r in records[n:]]
+
+
+@pytest.mark.parametrize("ending, compress", [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_compressed_lists_of_rows_are_read_for_conversations(ending, compress):
+    rows = [{"messages": text} for text in texts(5)]
+    Path(f"x.json.{ending}").write_bytes(compress(json.dumps(rows).encode()))
+    records = list(sources.read_sources([sources.Source(files=f"x.json.{ending}", text="")], (0, 0, 2), 0))
+    assert [record.text for record in records] == rows[2:]
 
 
 def test_parquet():
