@@ -258,6 +258,8 @@ def load_tasks(names, folder, limit, execute):
         if name == "humaneval" and not (execute and folder):
             raise InputError("the task 'humaneval' runs code that the model wrote: add --execute_code (a subprocess "
                              "with limits of time and memory, without network), and --benchmarks")  # fmt: skip
+        if name == "humaneval":
+            namespace()  # where it is refused, then before the answers are made
         if folder and name in LOCAL:
             tasks.append(local_task(name, folder, limit))
             continue
@@ -281,7 +283,7 @@ def evaluate_tasks(harness, names, folder=None, limit=None, execute=False):
         logging.getLogger(name).setLevel(logging.ERROR)
     tasks = load_tasks(names, folder, limit, execute)
     if "humaneval" in names:
-        print(f"humaneval: programs run with {'; '.join(limits())}", file=sys.stderr)
+        print(f"humaneval: programs run with {LIMITS}", file=sys.stderr)
     # its bootstrap forks a pool of processes, which deadlocks now and then beside PyTorch's threads
     os.environ["DISABLE_MULTIPROC"] = "1"
     with redirect_stdout(sys.stderr):  # the harness prints its progress there
@@ -328,24 +330,30 @@ def as_table(table):
 # -------------------------------------------------------------------------------------------------- HumanEval
 
 
+LIMITS = (
+    "10 s; 1 GiB of memory a process; files up to 1 MiB; no network, no signals to other processes; "
+    "files of this user readable"
+)
+
+
 @cache
 def namespace():
-    """The command before another one that takes the network and the other processes from it, or nothing."""
-    command = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
-    usable = shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0
-    return command if usable else []
-
-
-def limits():
-    """What `passes` enforces, as text."""
-    network = "no network, no signals to other processes" if namespace() else "NO limit on the network (no unshare)"
-    return ["10 s", "1 GiB of memory a process", "files up to 1 MiB", network, "files of this user readable"]
+    """The command before another one that takes the network and the other processes from it. Raises `InputError` where
+    that is not possible."""
+    for user in (["--user", "--map-root-user"], []):  # without a user namespace it takes root
+        command = ["unshare", *user, "--net", "--pid", "--fork", "--kill-child"]
+        if shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+            return command
+    raise InputError("the task 'humaneval' runs code that the model wrote, and the network cannot be cut off from it "
+                     "here (unshare is missing or not permitted); run it where user namespaces are allowed, or as root "
+                     "with CAP_SYS_ADMIN")  # fmt: skip
 
 
 def passes(program, seconds=10, memory=2**30):
-    """Whether a Python program runs to its end, in a process with the limits of `limits`, in an empty folder.
+    """Whether a Python program runs to its end, in a process with the limits of `LIMITS`, in an empty folder.
 
-    It guards against mistakes, not against malice: run it where nothing can be lost."""
+    It guards against mistakes, not against malice: run it where nothing can be lost. Raises `InputError` where the
+    network cannot be cut off."""
 
     limits = {"CPU": seconds, "AS": memory, "FSIZE": 2**20, "CORE": 0, "NOFILE": 64}
     launch = (  # in the child, as Python code between fork and exec may deadlock in a process with threads

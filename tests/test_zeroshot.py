@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import socket
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,6 +209,15 @@ def test_prompts_are_those_of_the_harness():
 # -------------------------------------------------------------------------------------------------- HumanEval
 
 
+@pytest.fixture
+def programs_run(monkeypatch):
+    """Our own programs do no harm with a network, where it cannot be cut off."""
+    try:
+        zeroshot.namespace()
+    except sample.InputError:
+        monkeypatch.setattr(zeroshot, "namespace", lambda: [])
+
+
 @pytest.mark.parametrize(
     "program, passed",
     [
@@ -220,13 +230,25 @@ def test_prompts_are_those_of_the_harness():
         ("import os; assert not os.environ.get('HOME') and not [f for f in os.listdir() if f != 'program.py']", True),
     ],
 )
-def test_programs_run_within_limits(program, passed):
+def test_programs_run_within_limits(programs_run, program, passed):
     assert zeroshot.passes(program, seconds=2) == passed
 
 
-def test_programs_have_no_network(monkeypatch):
-    if not zeroshot.namespace():
-        pytest.skip("no network namespaces here")
+@pytest.mark.parametrize("user", [True, False])
+def test_programs_have_no_network(monkeypatch, user):
+    original = subprocess.run
+    refused = SimpleNamespace(returncode=1)
+    run = lambda command, **named: original(command, **named) if user == ("--user" in command) else refused  # noqa: E731
+    zeroshot.namespace.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "run", run)
+            found = zeroshot.namespace()
+    except sample.InputError:
+        pytest.skip("no network namespaces here" if user else "not root")
+    finally:
+        zeroshot.namespace.cache_clear()
+    monkeypatch.setattr(zeroshot, "namespace", lambda: found)
     with socket.create_server(("127.0.0.1", 0)) as server:
         program = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
         assert not zeroshot.passes(program)
@@ -234,7 +256,26 @@ def test_programs_have_no_network(monkeypatch):
         assert zeroshot.passes(program)
 
 
-def test_humaneval_of_known_logits(tmp_path):
+@pytest.mark.parametrize("lacking", ["program", "permission"])
+def test_humaneval_is_refused_where_the_network_cannot_be_cut_off(run_folder, tmp_path, capsys, monkeypatch, lacking):
+    write(tmp_path, "humaneval", {"prompt": "def f():", "entry_point": "f", "test": "def check(f):\n    pass\n"})
+    if lacking == "program":
+        monkeypatch.setattr(zeroshot.shutil, "which", lambda _: None)
+    else:
+        monkeypatch.setattr(zeroshot.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(zeroshot.subprocess, "Popen", lambda *_, **__: pytest.fail("a program was run"))
+    monkeypatch.setattr(zeroshot.Harness, "generate_until", lambda *_: pytest.fail("an answer was generated"))
+    zeroshot.namespace.cache_clear()
+    argv = ["zeroshot", str(run_folder), "--tasks", "humaneval", "--benchmarks", str(tmp_path), "--execute_code"]
+    assert evaluate.main([*argv, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: the task 'humaneval' runs code") and err.count("\n") == 1
+    assert "the network cannot be cut off" in err and "user namespaces are allowed, or as root" in err
+    with pytest.raises(sample.InputError, match="cannot be cut off"):
+        zeroshot.passes("pass")
+
+
+def test_humaneval_of_known_logits(programs_run, tmp_path):
     rules = {" :": (" return", 0.9), " return": (" 42", 0.9), " 42": ("\n", 0.9)}
     model = Known(**rules)
     model.rules[encode("\n")[0]] = (encode("class")[0], 0.9)
@@ -258,7 +299,7 @@ def test_command(run_folder, tmp_path, capsys):
     assert found["limit"] == 2 and found["step"] == 7
 
 
-def test_bad_input_is_one_line(run_folder, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line(programs_run, run_folder, tmp_path, capsys, monkeypatch):
     none = TaskManager(include_defaults=False)  # to know the harness's own tasks it reads files for 15 seconds
     monkeypatch.setattr(zeroshot, "all_tasks", lambda: none)
     write(tmp_path, "piqa", {"query": "Question: Which?\n", "choices": ["no", "yes"], "gold": 1}, {"query": "x"})
