@@ -109,7 +109,13 @@ def find(where=None):
         if newest := next((path for path in found if where is None or _stage(path) == STAGES[where]), None):
             return newest
         if where is None:
-            raise CheckpointError("no checkpoint under runs/; train one first, for example with `make demo`")
+            if not (files := sorted(Path().glob(f"*{SUFFIX}"))):
+                raise CheckpointError("no checkpoint under runs/; train one first, for example with `make demo`")
+            name = files[0].stem if files[0].stem in STAGES else files[0].name
+            raise CheckpointError(
+                f"no checkpoint under runs/, but exported here: {', '.join(map(str, files))}; choose a model by "
+                f"MODEL={name} or --checkpoint {name}"
+            )
         raise CheckpointError(
             f"no model '{where}': neither {where}.safetensors here nor a run of the stage {STAGES[where]} under runs/; "
             "train one, or name a checkpoint by its path"

@@ -129,6 +129,15 @@ class Session:
         self.text += tokens
         self.unread += tokens
 
+    def replace(self, text):
+        """Make the text these ids. Where the model has read others, it forgets everything and reads the text anew."""
+        read = len(self.text) - len(self.unread)
+        if text[:read] == self.text[:read]:
+            self.unread = text[read:]
+        else:
+            self._forget(text)
+        self.text = list(text)
+
     @torch.no_grad()
     def stream(self, max_tokens, temperature=1.0, top_k=None, top_p=1.0, generator=None, repetition_penalty=1.0):
         """Continue the text; yields (token, depth) until <|endoftext|>, which does not become a part of it, or
@@ -232,8 +241,12 @@ class Session:
         try:
             self.memory.settle()
         except BaseException:  # Ctrl-C half-way through: what was written cannot be known
-            self.memory, self.unread = self.model.new_memory(1, self.memory_length), list(self.text)
+            self._forget(self.text)
             raise
+
+    def _forget(self, text):
+        """Begin with an empty memory, and all of `text` to read."""
+        self.memory, self.unread = self.model.new_memory(1, self.memory_length), list(text)
 
 
 def parse_draft(text, config):

@@ -80,13 +80,16 @@ class Chat:
         self.messages = [{"role": "system", "content": clean(system.strip())}] if system else []
 
     def say(self, text):
-        """Answer a user's turn. Returns the `Answer`; what Ctrl-C left of it stays in the conversation.
+        """Answer a user's turn. Returns the `Answer`; what Ctrl-C or a stop string left of it stays in the history.
 
         The <|endoftext|> that opens the conversation is fed once, the one that ends an answer never (see chat.py)."""
         turn, before = [{"role": "user", "content": clean(text.strip())}], len(self.session.text)
         ids, _ = chat.encode(turn if before else self.messages + turn, answer=True)
         self.session.feed(ids.tolist()[1 if before else 0 :])
+        tokenizer, asked = data.load_tokenizer(), len(self.session.text)
         made = self.answer(self.session)
+        if tokenizer.decode(self.session.text[asked:]) != made.text:  # cut at a stop string: the user saw less
+            self.session.replace(self.session.text[:asked] + tokenizer.encode_ordinary(made.text))
         self.messages += turn
         if made.text.strip():
             self.messages.append({"role": "assistant", "content": made.text.strip()})

@@ -158,6 +158,18 @@ def check(args):
         raise InputError(f"--export {args.export} writes a file and takes no prompt; leave one of them out")
 
 
+def read_prompt(prompt):
+    """The prompt of the command line; for None or "-" that of stdin. Raises `InputError`."""
+    if prompt in (None, "-"):
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")  # the one that `echo` adds
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin: byte {error.start} is not UTF-8; convert the prompt to UTF-8") from None
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give some text, as an argument or through a pipe")
+    return prompt
+
+
 def answer(args, generator, max_depth, session):
     """Stream the continuation of what `session` was fed to stdout, unless it goes into JSON, and statistics to stderr.
     Ctrl-C ends it. Returns the `Answer`. Raises `DataError`."""
@@ -215,6 +227,7 @@ def run(args):
     interactive = args.prompt is None and sys.stdin.isatty()
     if args.json and interactive:
         raise InputError("--json needs a prompt: as an argument or through a pipe")
+    prompt = None if interactive else read_prompt(args.prompt)
     model, meta, path = load_model(args)
     chats = checkpoint.stage(meta) != "pretrain" and not args.raw
     if args.system is not None and not chats:
@@ -240,12 +253,6 @@ def run(args):
     if interactive:
         talk.loop()
         return 0
-    prompt = args.prompt
-    if prompt in (None, "-"):
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")  # the one that `echo` adds
-        except UnicodeDecodeError as error:
-            raise InputError(f"stdin: byte {error.start} is not UTF-8; convert the prompt to UTF-8") from None
     made = talk.say(prompt)
     if args.json:
         print(report(prompt, made, path))

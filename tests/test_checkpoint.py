@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,23 @@ def test_find_the_newest_of_all_runs(tmp_path, monkeypatch):
     for time, run, step in ((100, "a", 5), (300, "b", 1), (200, "b", 2)):
         os.utime(write(tmp_path / "runs" / run / "checkpoints", step), (time, time))
     assert checkpoint.find() == tmp_path / "runs" / "b" / "checkpoints" / "step_00000001"
+
+
+@pytest.mark.parametrize(
+    "files, name", [(["sft"], "sft"), (["dpo", "sft"], "dpo"), (["mine"], "mine.safetensors"), (["a", "base"], "a.*")]
+)
+def test_where_no_run_is_the_exported_models_are_named(tmp_path, monkeypatch, files, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MODEL", raising=False)
+    for file in files:
+        (tmp_path / f"{file}.safetensors").touch()
+    here = ", ".join(f"{file}.safetensors" for file in files)
+    with pytest.raises(CheckpointError, match=f"^no checkpoint under runs/, but exported here: {here}; ") as error:
+        checkpoint.find()
+    (named,) = re.findall("MODEL=(\\S+)", str(error.value))
+    assert re.fullmatch(name, named) and str(error.value).endswith(f" --checkpoint {named}")
+    monkeypatch.setenv("MODEL", named)
+    assert checkpoint.find() == checkpoint.find(named) == Path(f"{files[0]}.safetensors")
 
 
 def test_find_refuses_what_is_no_checkpoint(tmp_path):

@@ -276,6 +276,33 @@ def test_an_answer_left_early_is_history_as_far_as_it_went(endless):
     assert ids(session.stream(5, temperature=0)) == ids(generate(endless, [*text, 8], 5, temperature=0))
 
 
+@pytest.mark.parametrize("draft", [None, (4, 3)])
+@pytest.mark.parametrize("kept", [0, 3, 4, 6, 7, 12])
+def test_a_text_that_is_replaced_is_continued_as_if_the_other_had_not_been(endless, draft, kept):
+    session, text = Session(endless, 64, segment=4, draft=draft), [0, 5, 6]
+    session.feed(text)
+    text = text + ids(session.stream(9, temperature=0))
+    replaced = [*text[:kept], 0, 7] if kept == 0 else [*text[:kept], 9]
+    session.replace(replaced)
+    assert session.text == replaced
+    session.feed([8])
+    wanted = ids(generate(endless, [*replaced, 8], 5, temperature=0, segment=4))
+    assert ids(session.stream(5, temperature=0)) == wanted
+
+
+def test_a_text_is_read_anew_only_where_other_ids_were_read():
+    scripted = Scripted([21, 22, 23, data.EOT])
+    session = Session(scripted, 64)
+    session.feed([data.EOT, 1, 2])
+    stream = session.stream(9, temperature=0)
+    assert [next(stream)[0], next(stream)[0]] == [21, 22]  # of which the second is not read yet
+    session.replace([data.EOT, 1, 2, 21, 3])
+    assert ids(session.stream(9, temperature=0)) == [23]
+    session.replace([data.EOT, 1, 2, 4])
+    assert ids(session.stream(9, temperature=0)) == [21, 22, 23]
+    assert scripted.read == [3, 1, 1, 1, 4, 1, 1, 1]
+
+
 def interrupt(*_):
     signal.raise_signal(signal.SIGINT)
 

@@ -348,6 +348,50 @@ def test_ctrl_c_keeps_what_was_written(talk, capsys, monkeypatch):
     assert talk.say("Go on").text == decode(greedy(talk, prompt + whole[:3] + turn))
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_after_a_stop_string_the_history_is_what_was_shown(talk, capsys, at, tmp_path):
+    prompt = chat.encode([{"role": "user", "content": "Hello"}], answer=True)[0].tolist()
+    whole = [decode([token]) for token in greedy(talk, prompt)]
+    # a stop string of two tokens, cut at the start of the first or inside it
+    nth = next(i for i in range(2, 8) if (whole[i] + whole[i + 1]).isascii() and len(whole[i]) > 2)
+    shown = "".join(whole[:nth]) + whole[nth][:at]
+    talk.args.stop = [whole[nth][at:] + whole[nth + 1]]
+    made = talk.say("Hello")
+    assert (made.stop, made.text) == ("string", shown) and len(made.depths) == nth + 2
+    assert talk.session.text == prompt + encode(shown)
+    assert talk.messages[-1] == {"role": "assistant", "content": shown.strip()}
+    talk.args.stop = []
+    turn = chat.encode([{"role": "user", "content": "Go on"}], answer=True)[0].tolist()[1:]
+    wanted = greedy(talk, prompt + encode(shown) + turn)
+    assert talk.say("Go on").text == decode(wanted)
+    assert talk.session.text == prompt + encode(shown) + turn + wanted
+    talk.save(str(tmp_path / "talk.jsonl"))
+    assert json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))["messages"] == talk.messages
+
+
+def test_ctrl_c_at_a_stop_string_leaves_what_was_shown_too(talk, capsys, monkeypatch):
+    def push(stops, *piece, original=sample.Stops.push):
+        shown = original(stops, *piece)
+        if stops.found:
+            signal.raise_signal(signal.SIGINT)
+        return shown
+
+    prompt = chat.encode([{"role": "user", "content": "Hello"}], answer=True)[0].tolist()
+    whole = greedy(talk, prompt)
+    monkeypatch.setattr(sample.Stops, "push", push)
+    talk.args.stop = [decode(whole)[-5:]]
+    made = talk.say("Hello")
+    assert made.stop == "interrupted" and made.text and decode(whole).startswith(made.text)
+    assert decode(talk.session.text[len(prompt) :]) == made.text != decode(whole)
+
+
+def test_an_answer_that_a_stop_string_opens_is_no_message(talk, capsys):
+    prompt = chat.encode([{"role": "user", "content": "Hello"}], answer=True)[0].tolist()
+    talk.args.stop = [decode(greedy(talk, prompt))[:1]]
+    assert talk.say("Hello").text == ""
+    assert talk.session.text == prompt and talk.messages == [{"role": "user", "content": "Hello"}]
+
+
 def test_an_answer_that_did_not_begin_is_no_message(talk, capsys):
     hook = talk.session.model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
     assert talk.say("Hello").stop == "interrupted"
@@ -438,6 +482,15 @@ def test_errors_are_one_line_and_exit_code_2(run_folder, capsys, argv, named):
     assert sample.main(["x", "--checkpoint", str(run_folder), *ON_CPU, *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and named in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("typed", ["", " \n", "-", None])
+def test_an_empty_prompt_is_refused(run_folder, capsys, monkeypatch, typed):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    argv = [] if typed is None else [typed]
+    assert sample.main([*argv, "--checkpoint", str(run_folder), *ON_CPU]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == "error: the prompt is empty; give some text, as an argument or through a pipe\n"
 
 
 def test_no_checkpoint_at_all(capsys, monkeypatch, tmp_path):
