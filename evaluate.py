@@ -5,12 +5,16 @@
     python evaluate.py context runs/demo --memory 0 512 1024 2048 --domains books arxiv edu --figure context.png
     python evaluate.py zeroshot runs/demo --tasks lambada,hellaswag,arc_easy,arc_challenge \\
         --benchmarks folder                                through lm-evaluation-harness: zeroshot.py
+    python evaluate.py chat runs/sft --data data/sft --answers 384               what a tuned model makes of held-out
+    python evaluate.py chat runs/dpo --data data/dpo --reference runs/sft        conversations and pairs: answers.py
 
 perplexity  of each domain, and of the model: the mean over domains. At the depth that every token chooses, and at the
             depths of --depth; with memory, and with --sliding windows instead of it
 context     loss by position in the document and by memory length, and the context wall: the memory length from which
             on every longer one is worse, if there is one. The same tokens are compared, in the same segments
 zeroshot    accuracy with standard errors, and the mean depth of the tokens scored; all zero-shot with --benchmarks
+chat        of conversations the loss and depth of answers, by source; of preference pairs how often the better answer
+            has the larger reward, and how often it is the longer one; of both the length and end of the model's own
 """
 
 import argparse
@@ -150,9 +154,9 @@ def macro(domains):
 
 def read_domains(args, meta):
     """{domain: [tokens of a document, ...]}: --tokens of each, of --data or the run's, those of --domains."""
-    from eval_depth import read_topics  # it imports this file
+    from eval_depth import own_texts, read_topics  # it imports this file
 
-    path = args.data or meta["config"]["data"]["path"]
+    path = args.data or own_texts(meta, "--data FOLDER")
     domains = {name: [d.tokens for d in documents] for name, documents in read_topics(path, args.tokens).items()}
     if unknown := [name for name in args.domains or [] if name not in domains]:
         raise InputError(f"{path}: no domain '{unknown[0]}'; it has {', '.join(domains)}")
@@ -326,6 +330,19 @@ def zeroshot(args):
     return tasks.as_table(table), found | {"seconds": seconds, "tasks": table}
 
 
+# -------------------------------------------------------------------------------------------------- tuned models
+
+
+def chat(args):
+    import answers  # it imports this file
+
+    if args.answers < 0:
+        raise InputError(f"--answers {args.answers} must not be negative")
+    model, meta, path = load_model(args)
+    table, found = answers.measure(model, meta, args)
+    return table, {"checkpoint": str(path), "step": meta["step"], "data": str(args.data)} | found
+
+
 # -------------------------------------------------------------------------------------------------- command line
 
 
@@ -372,6 +389,14 @@ def parse(argv):
     command.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     command.add_argument("--batch_tokens", type=int, metavar="N", help="of a batch (default: 16384, on a CPU 2048)")
     command.add_argument("--execute_code", action="store_true", help="let humaneval run what the model wrote")
+    command = add(chat, "what a tuned model writes and prefers, of held-out conversations and pairs")
+    command.add_argument("--data", type=Path, metavar="FOLDER", required=True, help="prepared conversations or pairs")
+    command.add_argument("--reference", metavar="PATH", help="pairs: the checkpoint or run that DPO started from")
+    command.add_argument("--answers", type=int, metavar="N", default=0,
+                         help="also answer N held-out prompts, at temperature 0.8, up to 256 tokens")  # fmt: skip
+    command.add_argument("--tokens", type=int, default=131_072, help="at most so many a source (default: 131072)")
+    command.add_argument("--rows", type=int, default=16, help="rows of a batch (default: 16)")
+    command.add_argument("--seed", type=int, default=1, help="of the answers (default: 1)")
     args = parser.parse_args(argv)
     args.checkpoint = args.checkpoint or args.named
     return args
@@ -392,7 +417,7 @@ def check(args):
 def as_text(table):
     """Rows of cells, aligned: the first and any empty-headed column on the left. A row of one cell is a line."""
     widths = [max(map(len, column)) for column in zip(*(row for row in table if len(row) == len(table[0])))]
-    left = [not title or title in ("domain", "task", "metric") for title in table[0]]
+    left = [not title or title in ("domain", "task", "metric", "source") for title in table[0]]
     cells = lambda row: (c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(row, widths, left))  # noqa: E731
     return "\n".join("  ".join(cells(row)).rstrip() if len(row) > 1 else "".join(row) for row in table)
 

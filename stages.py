@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import answers
 import chat
 import checkpoint
 import data
-import decoding
 import evaluate
 from config import ConfigError
 
@@ -172,6 +172,10 @@ class Stage:
         if self.text is not None:
             self.text.load_state(state["text"])
 
+    def written(self, memory):
+        """Of the answers to `eval.answers` held-out prompts, see `answers.write_answers`."""
+        return answers.write_answers(self.model, self.chats, self.cfg.eval.answers, memory, self.cfg.train)
+
     @property
     def data_sha256(self):
         """Of all that is read: what a run that goes on must find as it was."""
@@ -252,11 +256,9 @@ class SFT(Stage):
     def held_out(self):
         """{source: [(ids, targets, mask), ...]}, `eval.tokens` of each."""
         rows, found = self.chats.split("val"), {}
-        for i in range(len(rows.index)):
-            part = found.setdefault(self.chats.domains[rows.index[i, 2]], [])
-            if sum(len(ids) for ids, *_ in part) < self.cfg.eval.tokens:
-                ids, mask = rows.row(i)
-                part.append((ids.astype(np.int64), chat.targets(ids, mask).astype(np.int64), mask))
+        chosen, sources = answers.first_of_sources(rows, self.cfg.eval.tokens)
+        for row, source in zip(answers.marked_rows(rows, chosen), sources):
+            found.setdefault(self.chats.domains[source], []).append(row)
         return found
 
     def evaluate(self, memory):
@@ -267,13 +269,13 @@ class SFT(Stage):
         masks = [mask for rows in self.held_out.values() for *_, mask in rows]
         result["prompts"] = evaluate.summarize([s.where(~mask) for s, mask in zip(scores, masks)])
         result["answers"] = evaluate.summarize([s.where(mask) for s, mask in zip(scores, masks)])
-        result["written"] = write_answers(self.model, self.chats, self.cfg, memory)
+        result["written"] = self.written(memory)
         return result | {"loss": result["answers"]["nats"]}
 
     def summary(self, result):
-        answers, prompts = result["answers"], result["prompts"]
-        line = f"{answers['nats']:.4f} nats on answers, depth {answers['depth']:.2f}, {prompts['depth']:.2f} on prompts"
-        return line + written_summary(result["written"])
+        found, prompts = result["answers"], result["prompts"]
+        line = f"{found['nats']:.4f} nats on answers, depth {found['depth']:.2f}, {prompts['depth']:.2f} on prompts"
+        return "; ".join([line, *answers.summary(result["written"])])
 
 
 class DPO(Stage):
@@ -286,7 +288,7 @@ class DPO(Stage):
         cfg = self.cfg
         self.chats = chat.Chats.open(cfg.data.path, "preference")
         self.digests[f"the manifest of {cfg.data.path}"] = self.chats.sha256
-        self.depth = cfg.dpo.depth or cfg.model.max_depth
+        self.depth, self.batch = cfg.dpo.depth or cfg.model.max_depth, (cfg.train.segment, cfg.eval.rows)
         self.reader = chat.PreferencePairs(
             self.chats, "train", self.parts * self.world, self.micro, cfg.train.segment, cfg.train.seed,
             cfg.train.epochs,
@@ -312,7 +314,9 @@ class DPO(Stage):
             except safetensors.SafetensorError as error:
                 raise checkpoint.CheckpointError(f"{file}: damaged ({error}); delete it, to make it anew") from None
         found = {
-            split: answer_logps(model, self.compared_rows(split), self.cfg, meta["memory"], self.depth, "reference")
+            split: answers.answer_logps(
+                model, self.compared_rows(split), meta["memory"], self.depth, "reference", *self.batch
+            )
             for split in ("train", "val")
             if self.chats.manifest[split]["rows"]
         }
@@ -352,41 +356,35 @@ class DPO(Stage):
 
     def compared_rows(self, split, pairs=None):
         """`pair_rows`, with masks of what is compared."""
-        rows = pair_rows(self.chats, split, pairs)
+        rows = answers.pair_rows(self.chats, split, pairs)
         return [(ids, targets, mask & ~self.left_out(targets)) for ids, targets, mask in rows]
 
     @cached_property
     def held_out(self):
         """`compared_rows` of the first eval.tokens tokens of every source, and which pairs they are."""
-        index, taken, chosen = self.chats.split("val").index.reshape(-1, 2, 3), {}, []
-        for pair, sides in enumerate(index):
-            source = int(sides[0, 2])
-            if taken.get(source, 0) < self.cfg.eval.tokens:
-                taken[source] = taken.get(source, 0) + int(sides[:, 1].sum())
-                chosen.append(pair)
-        return self.compared_rows("val", chosen), np.array(chosen)
+        chosen, _ = answers.first_of_sources(self.chats.split("val"), self.cfg.eval.tokens, sides=2)
+        return self.compared_rows("val", chosen), chosen
 
     def evaluate(self, memory):
         """Rewards of held-out pairs, how they go with the length of answers, and answers to some of their prompts."""
         if not self.chats.manifest["val"]["rows"]:
             return None
         (rows, pairs), beta = self.held_out, self.cfg.dpo.beta
-        logps = answer_logps(self.model, rows, self.cfg, memory, self.depth, "validation")
+        logps = answers.answer_logps(self.model, rows, memory, self.depth, "validation", *self.batch)
         lengths = np.array([mask.sum() for *_, mask in rows]).reshape(-1, 2)
         loss = PairLoss(self.cfg.dpo, None, self.reference["val"][pairs], np.full(len(pairs), 1 / len(pairs)))
         sums = loss.of_logps(torch.from_numpy(logps), torch.from_numpy(lengths))[1]
         result = {name: float(x) / len(pairs) for name, x in zip(self.names[1:], sums[1:])}
         rewards = beta * (logps - self.reference["val"][pairs])
-        result["length_correlation"] = correlation(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
-        return result | {"pairs": len(pairs), "written": write_answers(self.model, self.chats, self.cfg, memory)}
+        result["length_correlation"] = answers.correlation(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
+        return result | {"pairs": len(pairs), "written": self.written(memory)}
 
     def summary(self, result):
         line = f"DPO loss {result['loss']:.4f}, accuracy {result['rewards/accuracies']:.3f}, "
         line += f"margin {result['rewards/margins']:.3f}, correlation with length {result['length_correlation']:.2f}"
-        return line + written_summary(result["written"])
+        return "; ".join([line, *answers.summary(result["written"])])
 
 
-ANSWERS_AT_ONCE = 64  # at evaluation: 5 GiB of keys and values at memory 2048, with all 8 steps
 STAGES = {"pretrain": Pretrain, "sft": SFT, "dpo": DPO}
 
 
@@ -448,12 +446,10 @@ class PairLoss:
     def of_logps(self, logps, lengths):
         """The loss of answers' log-probabilities and lengths (n, 2), without the `sft` term, and the sums."""
         dpo, reference = self.dpo, self.reference.to(logps.device, non_blocking=True)
-        ratios = logps - reference
-        if dpo.loss == "sigmoid_norm":
-            ratios = ratios / lengths.clamp(min=1)
-        rewards = dpo.beta * ratios
+        rewards = dpo.beta * (logps - reference)  # of the sum whichever the loss, as TRL logs them
         margins = rewards[:, 0] - rewards[:, 1]
-        shifted = margins + dpo.length * (lengths[:, 0] - lengths[:, 1])
+        compared = rewards / lengths.clamp(min=1) if dpo.loss == "sigmoid_norm" else rewards
+        shifted = compared[:, 0] - compared[:, 1] + dpo.length * (lengths[:, 0] - lengths[:, 1])
         losses = -(1 - dpo.label_smoothing) * F.logsigmoid(shifted) - dpo.label_smoothing * F.logsigmoid(-shifted)
         with torch.no_grad():
             right = (margins > 0) + 0.5 * (margins == 0)  # a policy that is still the reference decides nothing
@@ -484,16 +480,6 @@ def at_depths(model, domains, cfg, memory):
     return result, own
 
 
-def pair_rows(chats, split, pairs=None):
-    """[(ids, targets, mask), ...] of some preference pairs (all), chosen and rejected in turn."""
-    rows, found = chats.split(split), []
-    for pair in range(len(rows.index) // 2) if pairs is None else pairs:
-        for side in range(2):
-            ids, mask = rows.row(2 * pair + side)
-            found.append((ids.astype(np.int64), chat.targets(ids, mask).astype(np.int64), mask))
-    return found
-
-
 def pairs_of_prompt(chats, split):
     """Of every pair how many have its prompt, (n,) float64."""
     rows = chats.split(split)
@@ -501,56 +487,3 @@ def pairs_of_prompt(chats, split):
     prompts = [bytes(ids[: np.argmax(mask)]) for ids, mask in marked]
     counts = Counter(prompts)
     return np.array([counts[prompt] for prompt in prompts], float)
-
-
-def answer_logps(model, rows, cfg, memory, depth, label):
-    """Log-probabilities of both answers of pairs, (n, 2) float32; rows: see `pair_rows`."""
-    pairs = [(ids, targets) for ids, targets, _ in rows]
-    longest = max(len(ids) for ids, _ in pairs)  # every token sees its whole row, as in training
-    scores = evaluate.score_pairs(model, pairs, max(memory, longest), cfg.train.segment, cfg.eval.rows, depth, label)
-    return -np.array([s.nll[mask].sum() for s, (*_, mask) in zip(scores, rows)], np.float32).reshape(-1, 2)
-
-
-def write_answers(model, chats, cfg, memory, limit=256, temperature=0.8):
-    """Answers to eval.answers of the held-out prompts, evenly spaced: mean tokens, share that ended, mean depth, and
-    the first two of the (chosen) answers in the data, cut at the same length; None without."""
-    if not cfg.eval.answers:
-        return None
-    rows, found = chats.split("val"), {}
-    step = 2 if chats.manifest["kind"] == "preference" else 1
-    for i in range(0, len(rows.index), step):
-        ids, mask = rows.row(i)
-        begin = int(np.argmax(mask)) + 1  # behind the first <|assistant|>
-        found.setdefault(tuple(ids[:begin].tolist()), int(np.argmin(np.append(mask[begin:], False))))
-    chosen = np.linspace(0, len(found) - 1, min(cfg.eval.answers, len(found))).round().astype(int)
-    prompts, lengths = ([list(column)[i] for i in chosen] for column in (found.keys(), found.values()))
-    generator = torch.Generator(model.embedding.weight.device).manual_seed(cfg.train.seed)
-    answers = []
-    with torch.compiler.set_stance("force_eager"):  # a graph for every length of prompt would take far longer
-        for start in range(0, len(prompts), ANSWERS_AT_ONCE):
-            batch = [list(prompt) for prompt in prompts[start : start + ANSWERS_AT_ONCE]]
-            answers += decoding.generate_batch(
-                model, batch, [limit] * len(batch), temperature=temperature, generator=generator,
-                memory_length=memory, segment=cfg.train.segment,
-            )  # fmt: skip
-    depths = [depth for answer in answers for depth in answer.depths]
-    return {
-        "answers": len(answers),
-        "tokens": float(np.mean([len(answer.tokens) for answer in answers])),
-        "ended": float(np.mean([answer.ended for answer in answers])),
-        "depth": float(np.mean(depths)) if depths else None,
-        "data_tokens": float(np.minimum(lengths, limit).mean()),
-        "data_ended": float((np.array(lengths) < limit).mean()),
-    }
-
-
-def written_summary(written):
-    if written is None:
-        return ""
-    data = f"{written['data_tokens']:.0f} tokens and {written['data_ended']:.0%} in the data"
-    return f"; answers of {written['tokens']:.0f} tokens, {written['ended']:.0%} ended ({data})"
-
-
-def correlation(x, y):
-    """Pearson's; 0 where one of them does not vary."""
-    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) and np.std(y) else 0.0

@@ -14,10 +14,12 @@ import safetensors.numpy
 import torch
 import torch.nn.functional as F
 
+import answers
 import checkpoint
 import config
 import data
 import decoding
+import evaluate
 import prepare_chat
 import stages
 import train
@@ -74,7 +76,7 @@ adamw_lr = 3e-3
 
 
 # A random model hardly ever ends its answers, and 256 tokens take longer than all the rest of a run.
-SHORT = "import stages, functools\nstages.write_answers = functools.partial(stages.write_answers, limit=16)\n"
+SHORT = "import answers, functools\nanswers.write_answers = functools.partial(answers.write_answers, limit=16)\n"
 
 
 def rows_of_chats(n):
@@ -123,7 +125,7 @@ def workplace(tmp_path, finished, monkeypatch):
 
 def shorten_answers(monkeypatch):
     """As `SHORT` does it in processes of their own."""
-    monkeypatch.setattr(stages, "write_answers", functools.partial(stages.write_answers, limit=16))
+    monkeypatch.setattr(answers, "write_answers", functools.partial(answers.write_answers, limit=16))
 
 
 def run(monkeypatch, stage, *overrides):
@@ -181,6 +183,8 @@ def test_dpo_loss_and_gradients_are_those_of_the_slow_reference(loss, smoothing,
     sums = dict(zip(stages.DPO.names, ours.sums.tolist()))
     rewards = [sums[f"rewards/{side}"] for side in ("chosen", "rejected")]
     assert sums["pairs"] == n and sums["rewards/margins"] == pytest.approx(rewards[0] - rewards[1])
+    logps = -(nll * (sequence >= 0)).sum(1).view(n, 2)  # rewards are of sums with either loss
+    assert rewards == pytest.approx((0.3 * (logps - reference)).sum(0).tolist())
 
 
 def test_answers_are_to_prompts_of_all_sources(tiny_model, monkeypatch):
@@ -189,7 +193,6 @@ def test_answers_are_to_prompts_of_all_sources(tiny_model, monkeypatch):
     marks = [(np.array(ids), np.arange(len(ids)) >= len(ids) - n - 1) for ids, n in rows]
     split = SimpleNamespace(index=rows, row=lambda i: marks[i])
     chats = SimpleNamespace(split=lambda name: split, manifest={"kind": "sft"})
-    cfg = SimpleNamespace(eval=SimpleNamespace(answers=3), train=SimpleNamespace(seed=0, segment=8))
     asked = []
 
     def generate_batch(model, prompts, limits, **options):
@@ -198,8 +201,8 @@ def test_answers_are_to_prompts_of_all_sources(tiny_model, monkeypatch):
         return [decoding.Continuation([5] * 2, [3] * 2, True), decoding.Continuation([5] * 8, [4] * 8)][-len(prompts) :]
 
     monkeypatch.setattr(decoding, "generate_batch", generate_batch)
-    monkeypatch.setattr(stages, "ANSWERS_AT_ONCE", 2)
-    written = stages.write_answers(tiny_model(), chats, cfg, 8, limit=8)
+    monkeypatch.setattr(answers, "AT_ONCE", 2)
+    written = answers.write_answers(tiny_model(), chats, 3, 8, SimpleNamespace(seed=0, segment=8), limit=8)
     assert [prompt[:-1] for prompt in asked] == [[*range(1, n)] for n in (3, 5, 8)]
     assert written["tokens"] == 6 and written["ended"] == pytest.approx(1 / 3)
     assert written["depth"] == pytest.approx((2 * 3 + 16 * 4) / 18)
@@ -310,8 +313,8 @@ train.Trainer.train_step = killed
 
 def test_the_reference_is_worked_out_once_and_belongs_to_its_model(workplace, finished, monkeypatch, capsys):
     shutil.copytree(finished / "dpo", "dpo")
-    answer_logps, calls = stages.answer_logps, []
-    monkeypatch.setattr(stages, "answer_logps", lambda *a: calls.append(a[-1]) or answer_logps(*a))
+    answer_logps, calls = answers.answer_logps, []
+    monkeypatch.setattr(answers, "answer_logps", lambda *a: calls.append(a[4]) or answer_logps(*a))
     assert run(monkeypatch, "dpo", "--out=dpo") == 0
     assert "reference" not in calls
     assert run(monkeypatch, "dpo", "--out=dpo", "--dpo.depth=2") == 0
@@ -334,13 +337,45 @@ def test_the_reference_is_worked_out_once_and_belongs_to_its_model(workplace, fi
 def test_reference_log_probabilities_are_those_of_a_direct_forward(finished):
     model, meta = checkpoint.load_model(finished / "sft")
     chats = stages.chat.Chats.open(finished / "pairs")
-    rows = stages.pair_rows(chats, "val")
-    cfg = SimpleNamespace(train=SimpleNamespace(segment=8), eval=SimpleNamespace(rows=3))
-    found = stages.answer_logps(model, rows, cfg, 8, 3, None)  # memory grows to the longest row
+    rows = answers.pair_rows(chats, "val")
+    found = answers.answer_logps(model, rows, 8, 3, None, segment=8, batch=3)  # memory grows to the longest row
     for i, (ids, targets, mask) in enumerate(rows):
         with torch.no_grad():
             out = model(torch.from_numpy(ids)[None], torch.from_numpy(targets)[None], depth=3)
         assert found[i // 2, i % 2] == pytest.approx(-float(out.nll[0, torch.from_numpy(mask)].sum()), abs=1e-3)
+
+
+def test_any_checkpoint_is_measured_as_in_training(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    found = {}
+    for name, *options in (("sft", "--data=chats", "--answers=3"), ("dpo", "--data=pairs", "--reference=./sft")):
+        file = finished / f"{name}.json"
+        assert evaluate.main(["chat", f"./{name}", *options, "--tokens=600", f"--json={file}"]) == 0
+        found[name] = json.loads(file.read_text())
+    trained = {name: curve(finished / name)[-1] for name in found}
+    for side in ("prompts", "answers"):
+        assert found["sft"]["all"][side] == pytest.approx(trained["sft"][side], rel=1e-5)
+    assert found["sft"]["ours"] == found["sft"]["all"] and found["sft"]["written"]["answers"] == 3
+    ours, theirs = found["dpo"]["all"], trained["dpo"]
+    assert ours["pairs"] == theirs["pairs"] and ours["accuracy"] == pytest.approx(theirs["rewards/accuracies"])
+    assert ours["margin"] == pytest.approx(theirs["rewards/margins"], rel=1e-3)
+    assert found["dpo"]["length_correlation"] == pytest.approx(theirs["length_correlation"], rel=1e-3)
+    longer, shorter = (found["dpo"][f"chosen is {kind}"] for kind in ("longer", "shorter"))
+    assert longer["longer"] == 1 and shorter["longer"] == 0
+    assert ours["longer"] >= longer["pairs"] / ours["pairs"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--data=chats", "--reference=./sft"], "for which --reference has no use"),
+     (["--data=pairs"], "name the model before DPO by --reference"), (["--data=nowhere"], "nowhere"),
+     (["--data=pairs", "--reference=nowhere"], "nowhere"), (["--data=pairs", "--answers=-1"], "--answers -1")],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(finished, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(finished)
+    assert evaluate.main(["chat", "./dpo", *options]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
 
 
 def test_the_end_of_an_answer_can_be_left_out_of_the_comparison(workplace, finished, monkeypatch):
@@ -348,7 +383,7 @@ def test_the_end_of_an_answer_can_be_left_out_of_the_comparison(workplace, finis
     files = [folder / "reference.safetensors" for folder in (finished / "dpo", workplace / "open")]
     whole, opened = (safetensors.numpy.load_file(file)["val"] for file in files)
     model, _ = checkpoint.load_model(finished / "sft")
-    rows = stages.pair_rows(stages.chat.Chats.open("pairs"), "val")
+    rows = answers.pair_rows(stages.chat.Chats.open("pairs"), "val")
     for i, (ids, targets, mask) in enumerate(rows):
         with torch.no_grad():
             out = model(*(torch.from_numpy(x)[None] for x in (ids, targets)), depth=model.config.max_depth)
@@ -356,11 +391,11 @@ def test_the_end_of_an_answer_can_be_left_out_of_the_comparison(workplace, finis
         assert whole[i // 2, i % 2] - opened[i // 2, i % 2] == pytest.approx(-float(out.nll[0, mask][-1]), abs=1e-3)
 
     closing = torch.tensor([[False, False, True, False, True]])
-    answers = torch.tensor([[-1, 0, 0, 1, 1]])
+    sequence = torch.tensor([[-1, 0, 0, 1, 1]])
     nll = torch.ones(1, 5, requires_grad=True)
     for sft, moved in ((0.0, [False, True, False, True, False]), (0.5, [False, True, True, True, False])):
-        dpo, compared = stages.DPOConfig(end=False, sft=sft), torch.where(closing, -1, answers)
-        loss = stages.PairLoss(dpo, compared, np.zeros((1, 2), np.float32), np.ones(1), (answers == 0).numpy() / 2)
+        dpo, compared = stages.DPOConfig(end=False, sft=sft), torch.where(closing, -1, sequence)
+        loss = stages.PairLoss(dpo, compared, np.zeros((1, 2), np.float32), np.ones(1), (sequence == 0).numpy() / 2)
         (gradient,) = torch.autograd.grad(loss(nll), nll)
         assert (gradient != 0).tolist() == [moved]
 
