@@ -1,6 +1,7 @@
 """Speed of parts of a training step, alone: its matrix products and its attention.
 
-python bench.py gemm                                           every product alone: bf16, FP8, fast accumulation
+python bench.py gemm                                           every product alone: bf16, FP8, fast accumulation;
+                                                               weight gradients added or as one product; the head
 python bench.py attention --memory 512,4096                    attention.py beside PyTorch's own
 """
 
@@ -101,7 +102,7 @@ def run_gemm(args, overrides):
     samples = [{name: [] for name in kinds} for _ in gemms]
     for _ in range(args.rounds):
         for gemm, sample in zip(gemms, samples):
-            for name, (dtype, fp8.FAST_TERMS) in kinds.items():
+            for name, (dtype, fp8.FAST_TERMS) in kinds.items():  # the last is as it was
                 sample[name].append(gemm_seconds(gemm, dtype, device))
     lines = [["microseconds (TFLOP/s)", "m x n x k", *kinds]]
     for gemm, sample in zip(gemms, samples):
@@ -110,7 +111,82 @@ def run_gemm(args, overrides):
         cells = [f"{rows[-1][name]:.0f} ({flops / rows[-1][name]:.0f})" for name in kinds]
         lines.append([f"{gemm.name}, {gemm.kind}", f"{gemm.m} x {gemm.n} x {gemm.k}", *cells])
     print(align(lines))
-    return finish("gemm", device, {"gemms": rows})
+    dtypes = {name: kinds[name][0] for name in ("bf16", "FP8 as used") if name in kinds}
+    sums = [weight_sums(gemm, dtypes, device, args.rounds) for gemm in gemms if gemm.kind == "weight"]
+    lines = [["weight gradients of all uses, ms: added (as one product)", *dtypes]]
+    lines += [[s["name"], *(f"{s[name][0]:.2f} ({s[name][1]:.2f})" for name in dtypes)] for s in sums]
+    print(align(lines))
+    heads = [
+        head_seconds(cfg.model, args.batch * args.segment, *case, device, args.rounds) for case in head_cases(dtypes)
+    ]
+    lines = [["tied head and loss, forward and backward", "rows at once", "ms", "peak GiB"]]
+    lines += [[h["dtype"], f"{h['chunk']:,}", f"{h['ms']:.2f}", f"{h['peak_gib']:.2f}"] for h in heads]
+    print(align(lines))
+    return finish("gemm", device, {"gemms": rows, "weight_sums": sums, "heads": heads})
+
+
+def weight_sums(gemm, dtypes, device, rounds):
+    """Milliseconds of the float32 sum of a weight's gradients over its `calls` uses: products added one after another,
+    as training does, and one product whose terms are those of all uses, which would have to be kept until the last."""
+    found = {"name": gemm.name, "calls": gemm.calls}
+    for name, dtype in dtypes.items():
+        low = dtype == kernels.E4M3
+        random = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731, B023
+        one = torch.ones((), device=device)
+        scales = (one, one, torch.float32) if low else ()
+        parts = [(random(gemm.m, gemm.k).to(dtype), random(gemm.n, gemm.k).to(dtype)) for _ in range(gemm.calls)]
+        whole = [torch.cat([part[i].view(torch.uint8) if low else part[i] for part in parts], 1) for i in (0, 1)]
+        whole = [x.view(dtype) for x in whole]
+
+        def added(parts=parts, scales=scales):
+            total = torch.zeros(gemm.m, gemm.n, device=device)
+            for a, b in parts:
+                total += fp8.matmul(a, b, *scales)
+
+        together = lambda whole=whole, scales=scales: fp8.matmul(*whole, *scales).float()  # noqa: E731
+        found[name] = [1e3 * median(seconds_of(f, device) for _ in range(rounds)) for f in (added, together)]
+    return found
+
+
+def head_cases(dtypes, chunk=4096):
+    """(name, gemms, rows at once) of the tied head: as training has it, and with the logits of all rows."""
+    gemms = {"bf16": fp8.BF16, "FP8 as used": fp8.FP8}
+    return [(name, gemms[name], rows) for name in dtypes for rows in (chunk, None)]
+
+
+def head_seconds(c, rows, name, gemms, chunk, device, rounds):
+    """Milliseconds and memory, beyond inputs and weights, of `fp8.cross_entropy` and its backward pass."""
+    dtype, V = pick_dtype("auto", device), c.padded_vocab_size
+    weight = fp8.Weight(nn.Parameter(torch.randn(V, c.width, device=device) * 5 / c.width))
+    weight.prepare(dtype, gemms)
+    x = nn.functional.rms_norm(torch.randn(rows, c.width, device=device, dtype=dtype), (c.width,)).requires_grad_()
+    targets, padding = torch.randint(c.vocab_size, (rows,), device=device), torch.zeros(V, device=device)
+    weights = torch.full((rows,), 1 / rows, device=device)
+
+    def step():
+        x.grad = weight.masters[0].grad = None
+        loss, _ = fp8.cross_entropy(x, weight, padding, targets, weights, gemms, chunk or rows, device.type == "cuda")
+        loss.backward()
+
+    step()
+    before = peak = 0
+    if device.type == "cuda":
+        x.grad = weight.masters[0].grad = None
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = median(seconds_of(step, device) for _ in range(rounds))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) - before
+    return {"dtype": name, "chunk": chunk or rows, "ms": 1e3 * seconds, "peak_gib": peak / 2**30}
+
+
+def seconds_of(function, device, repeats=5):
+    """Seconds of one call."""
+    function()
+    start = clock(device)
+    for _ in range(repeats):
+        function()
+    return (clock(device) - start) / repeats
 
 
 # ------------------------------------------------------------------------------------------------- attention

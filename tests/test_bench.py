@@ -243,6 +243,13 @@ def test_gemm_times_every_product(capsys):
     result = json.loads(out.splitlines()[-1])
     assert status == 0 and len(result["gemms"]) == 15 and fp8.FAST_TERMS == before
     assert all(gemm[kind] > 0 for gemm in result["gemms"] for kind in ("bf16", "FP8 fast", "FP8 slow", "FP8 as used"))
+    assert [s["calls"] for s in result["weight_sums"]] == [g["calls"] for g in result["gemms"] if g["kind"] == "weight"]
+    assert all(
+        len(s[kind]) == 2 and min(s[kind]) > 0 for s in result["weight_sums"] for kind in ("bf16", "FP8 as used")
+    )
+    assert [(h["dtype"], h["chunk"]) for h in result["heads"]] == [
+        (name, rows) for name in ("bf16", "FP8 as used") for rows in (4096, 32)
+    ]
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["drawn", "trained"])
