@@ -297,8 +297,8 @@ def _halt(
 
 @jit
 def _best(logit, token, tokens, padding, seed, temperature, best, which, RANDOM: tl.constexpr):
-    """Leave the largest of some logits and which `token` it is of."""
-    inside = token < tokens
+    """Leave the largest of some logits and which `token` it is of, also where all are NaN: it is read as an index."""
+    inside = (token < tokens) & (logit == logit)
     logit = tl.where(inside, logit + tl.load(padding + token, mask=inside, other=0.0), float("-inf"))
     if RANDOM:  # the largest of logits and Gumbel noise is a draw from their softmax
         logit = logit / tl.load(temperature) - tl.log(-tl.log(tl.maximum(tl.rand(seed, token), 1e-20)))
@@ -403,7 +403,8 @@ class Tick:
         vector = lambda size, dtype=torch.float32: torch.zeros(R, size, dtype=dtype, device=device)  # noqa: E731
         self.x, self.y, self.qkv, self.product = map(vector, (c.width, c.width, 3 * c.width, c.hidden))
         self.low = vector(c.width, engine.model.compute_dtype)  # what the next product of matrices reads
-        self.parts, self.tiles = _parts(engine, R), -(-c.vocab_size // TILES["head" if R == 1 else "pick"][0])
+        self.parts = [x.zero_() for x in _parts(engine, R)]
+        self.tiles = -(-c.vocab_size // TILES["head" if R == 1 else "pick"][0])
         self.best, self.which = vector(self.tiles), vector(self.tiles, torch.int32)
         self.threshold = torch.full((1,), 1 - c.halting_eps, device=device)
         self.size = dict(WIDTH=c.width, BLOCK=triton.next_power_of_2(c.width))
