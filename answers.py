@@ -32,11 +32,13 @@ def marked_rows(rows, chosen):
     return [(ids.astype(np.int64), chat.targets(ids, mask).astype(np.int64), mask) for ids, mask in marked]
 
 
-def pair_rows(chats, split, pairs=None):
-    """`marked_rows` of some preference pairs (all), chosen and rejected in turn."""
+def pair_rows(chats, split, pairs=None, end=True):
+    """`marked_rows` of some preference pairs (all), chosen and rejected in turn; with `end`, the <|endoftext|> that
+    closes an answer is part of it."""
     rows = chats.split(split)
     pairs = range(len(rows.index) // 2) if pairs is None else pairs
-    return marked_rows(rows, [2 * pair + side for pair in pairs for side in range(2)])
+    marked = marked_rows(rows, [2 * pair + side for pair in pairs for side in range(2)])
+    return marked if end else [(ids, targets, mask & (targets != data.EOT)) for ids, targets, mask in marked]
 
 
 def answer_logps(model, rows, memory, depth, label, segment=512, batch=16):
@@ -115,19 +117,21 @@ def conversations(model, chats, args, segment):
     return table, found
 
 
-def preferences(model, reference, chats, args, segment, beta):
+def preferences(model, reference, chats, args, config):
     """Table and numbers, by source and by which answer is longer: how often the reward, beta times the log-probability
     beyond that of the model `reference`, is larger for the chosen answer; and how often that is the longer one, a rule
-    to be beaten without reading."""
-    rows = chats.split("val")
-    chosen, sources = first_of_sources(rows, args.tokens, sides=2)
-    marked, depth = pair_rows(chats, "val", chosen), args.depth or model.config.max_depth
+    to be beaten without reading. config: of the run, whose `dpo` says how its answers were compared."""
+    dpo = {"beta": 0.1, "depth": 0, "end": True} | config.get("dpo", {})
+    chosen, sources = first_of_sources(chats.split("val"), args.tokens, sides=2)
+    marked = pair_rows(chats, "val", chosen, dpo["end"])
+    depth = args.depth or dpo["depth"] or model.config.max_depth
     policy, before = (
-        answer_logps(of, marked, args.memory, depth, label, segment, args.rows)
+        answer_logps(of, marked, args.memory, depth, label, config["train"]["segment"], args.rows)
         for of, label in ((model, "policy"), (reference, "reference"))
     )
+    rewards = dpo["beta"] * (policy - before)
     lengths = np.array([mask.sum() for *_, mask in marked]).reshape(-1, 2)
-    margins = beta * ((policy - before)[:, 0] - (policy - before)[:, 1])
+    margins = rewards[:, 0] - rewards[:, 1]
     right, longer = ((x > 0) + 0.5 * (x == 0) for x in (margins, lengths[:, 0] - lengths[:, 1]))
     near = lengths.max(1) < 1.25 * lengths.min(1)
     kinds = by_source(chats, sources) | {"chosen is longer": longer == 1, "chosen is shorter": longer == 0}
@@ -152,10 +156,8 @@ def by_source(chats, sources):
 def measure(model, meta, args):
     """Table and numbers of held-out conversations, or pairs, in the folder args.data, and of answers to their prompts.
     Raises `DataError`, `CheckpointError`."""
-    chats, train = (
-        chat.Chats.open(args.data),
-        SimpleNamespace(segment=meta["config"]["train"]["segment"], seed=args.seed),
-    )
+    chats, config = chat.Chats.open(args.data), meta["config"]
+    train = SimpleNamespace(segment=config["train"]["segment"], seed=args.seed)
     if chats.manifest["kind"] == "sft":
         if args.reference:
             raise data.DataError(f"{args.data}: holds conversations, for which --reference has no use; leave it out")
@@ -163,8 +165,7 @@ def measure(model, meta, args):
     elif args.reference:
         device = model.embedding.weight.device
         reference, _ = checkpoint.load_model(args.reference, device, model.compute_dtype)
-        beta = meta["config"].get("dpo", {}).get("beta", 0.1)
-        table, found = preferences(model, reference, chats, args, train.segment, beta)
+        table, found = preferences(model, reference, chats, args, config)
     elif args.answers:
         table, found = [], {}
     else:

@@ -59,20 +59,26 @@ def muon_gemms(c):
         yield Gemm("B X", "input", m, n, m, large * matrices)
 
 
-def gemm_seconds(gemm, dtype, device, repeats=10, buffers=3):
-    """Seconds of one call, as `fp8.matmul` runs it; dtype: of the activations, or E4M3 for FP8. Several operands take
-    turns, lest they be found in the L2 cache, where the step would not find them."""
+def operands(gemm, dtype, device):
+    """Random arguments of `fp8.matmul`, laid out as the step has them."""
     _, kind, m, n, k, _ = gemm
     low = dtype == kernels.E4M3  # then the summed dimension is contiguous in both operands
     random = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
-    a = [(random(k, m).t() if kind == "weight" and not low else random(m, k)).to(dtype) for _ in range(buffers)]
-    b = [(random(n, k) if kind == "forward" or low else random(k, n).t()).to(dtype) for _ in range(buffers)]
+    a = random(k, m).t() if kind == "weight" and not low else random(m, k)
+    b = random(n, k) if kind == "forward" or low else random(k, n).t()
     one = torch.ones((), device=device)
     scales = (one, one, torch.float32 if kind == "weight" else torch.bfloat16) if low else ()
+    return a.to(dtype), b.to(dtype), *scales
+
+
+def gemm_seconds(gemm, dtype, device, repeats=10, buffers=3):
+    """Seconds of one call, as `fp8.matmul` runs it; dtype: of the activations, or E4M3 for FP8. Several operands take
+    turns, lest they be found in the L2 cache, where the step would not find them."""
+    cases = [operands(gemm, dtype, device) for _ in range(buffers)]
     for i in range(buffers + repeats):
         if i == buffers:  # those before were the warm-up
             start = clock(device)
-        fp8.matmul(a[i % buffers], b[i % buffers], *scales)
+        fp8.matmul(*cases[i % buffers])
     return (clock(device) - start) / repeats
 
 
@@ -116,9 +122,9 @@ def run_gemm(args, overrides):
     lines = [["weight gradients of all uses, ms: added (as one product)", *dtypes]]
     lines += [[s["name"], *(f"{s[name][0]:.2f} ({s[name][1]:.2f})" for name in dtypes)] for s in sums]
     print(align(lines))
-    heads = [
-        head_seconds(cfg.model, args.batch * args.segment, *case, device, args.rounds) for case in head_cases(dtypes)
-    ]
+    tokens, low = args.batch * args.segment, {"bf16": fp8.BF16, "FP8 as used": fp8.FP8}
+    cases = [(name, chunk) for name in dtypes for chunk in (4096, tokens)]  # as training has it, and all at once
+    heads = [{"dtype": n, "chunk": k} | head_cost(cfg.model, tokens, low[n], k, device, args.rounds) for n, k in cases]
     lines = [["tied head and loss, forward and backward", "rows at once", "ms", "peak GiB"]]
     lines += [[h["dtype"], f"{h['chunk']:,}", f"{h['ms']:.2f}", f"{h['peak_gib']:.2f}"] for h in heads]
     print(align(lines))
@@ -130,32 +136,21 @@ def weight_sums(gemm, dtypes, device, rounds):
     as training does, and one product whose terms are those of all uses, which would have to be kept until the last."""
     found = {"name": gemm.name, "calls": gemm.calls}
     for name, dtype in dtypes.items():
-        low = dtype == kernels.E4M3
-        random = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731, B023
-        one = torch.ones((), device=device)
-        scales = (one, one, torch.float32) if low else ()
-        parts = [(random(gemm.m, gemm.k).to(dtype), random(gemm.n, gemm.k).to(dtype)) for _ in range(gemm.calls)]
-        whole = [torch.cat([part[i].view(torch.uint8) if low else part[i] for part in parts], 1) for i in (0, 1)]
-        whole = [x.view(dtype) for x in whole]
+        parts = [operands(gemm, dtype, device) for _ in range(gemm.calls)]
+        whole = operands(gemm._replace(k=gemm.k * gemm.calls), dtype, device)
 
-        def added(parts=parts, scales=scales):
-            total = torch.zeros(gemm.m, gemm.n, device=device)
-            for a, b in parts:
-                total += fp8.matmul(a, b, *scales)
+        def added(parts=parts):
+            total = fp8.matmul(*parts[0]).float()
+            for part in parts[1:]:
+                total += fp8.matmul(*part).float()
 
-        together = lambda whole=whole, scales=scales: fp8.matmul(*whole, *scales).float()  # noqa: E731
+        together = lambda whole=whole: fp8.matmul(*whole).float()  # noqa: E731
         found[name] = [1e3 * median(seconds_of(f, device) for _ in range(rounds)) for f in (added, together)]
     return found
 
 
-def head_cases(dtypes, chunk=4096):
-    """(name, gemms, rows at once) of the tied head: as training has it, and with the logits of all rows."""
-    gemms = {"bf16": fp8.BF16, "FP8 as used": fp8.FP8}
-    return [(name, gemms[name], rows) for name in dtypes for rows in (chunk, None)]
-
-
-def head_seconds(c, rows, name, gemms, chunk, device, rounds):
-    """Milliseconds and memory, beyond inputs and weights, of `fp8.cross_entropy` and its backward pass."""
+def head_cost(c, rows, gemms, chunk, device, rounds):
+    """Milliseconds and memory, beyond inputs and weights (0 on a CPU), of `fp8.cross_entropy` and its backward pass."""
     dtype, V = pick_dtype("auto", device), c.padded_vocab_size
     weight = fp8.Weight(nn.Parameter(torch.randn(V, c.width, device=device) * 5 / c.width))
     weight.prepare(dtype, gemms)
@@ -165,19 +160,17 @@ def head_seconds(c, rows, name, gemms, chunk, device, rounds):
 
     def step():
         x.grad = weight.masters[0].grad = None
-        loss, _ = fp8.cross_entropy(x, weight, padding, targets, weights, gemms, chunk or rows, device.type == "cuda")
+        loss, _ = fp8.cross_entropy(x, weight, padding, targets, weights, gemms, chunk, device.type == "cuda")
         loss.backward()
 
-    step()
-    before = peak = 0
+    seconds, peak = median(seconds_of(step, device) for _ in range(rounds)), 0
     if device.type == "cuda":
         x.grad = weight.masters[0].grad = None
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = median(seconds_of(step, device) for _ in range(rounds))
-    if device.type == "cuda":
+        step()
         peak = torch.cuda.max_memory_allocated(device) - before
-    return {"dtype": name, "chunk": chunk or rows, "ms": 1e3 * seconds, "peak_gib": peak / 2**30}
+    return {"ms": 1e3 * seconds, "peak_gib": peak / 2**30}
 
 
 def seconds_of(function, device, repeats=5):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from sample import InputError, add_model_options, load_model, set_tolerance
+from sample import InputError, add_model_options, check_seed, load_model, set_tolerance
 
 
 @dataclass
@@ -407,6 +407,7 @@ def check(args):
     for name in ("tokens", "rows", "segment", "limit", "batch_tokens"):
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
+    check_seed(getattr(args, "seed", None))
     for file in filter(None, (args.json, args.figure)):
         if file.is_dir():
             raise InputError(f"{file} is a folder; name a file")

@@ -146,8 +146,7 @@ def check(args):
         raise InputError(f"--repetition_penalty {args.repetition_penalty} must be a number above 0; 1 changes nothing")
     if args.max_tokens < 1:
         raise InputError(f"--max_tokens {args.max_tokens} must be at least 1")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed} must be a whole number from 0 to 2**63 - 1")
+    check_seed(args.seed)
     if "" in args.stop:
         raise InputError("--stop '' is empty; every text contains it. Leave it out")
     if args.json and args.show_depth:
@@ -156,6 +155,12 @@ def check(args):
         raise InputError("--raw continues a text, which has no --system; leave one of them out")
     if args.export and args.prompt is not None:
         raise InputError(f"--export {args.export} writes a file and takes no prompt; leave one of them out")
+
+
+def check_seed(seed):
+    """Raises `InputError` for a number that cannot start a generator."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed} must be a whole number from 0 to 2**63 - 1")
 
 
 def read_prompt(prompt):

@@ -315,8 +315,13 @@ class DPO(Stage):
                 raise checkpoint.CheckpointError(f"{file}: damaged ({error}); delete it, to make it anew") from None
         found = {
             split: answers.answer_logps(
-                model, self.compared_rows(split), meta["memory"], self.depth, "reference", *self.batch
-            )
+                model,
+                answers.pair_rows(self.chats, split, end=self.cfg.dpo.end),
+                meta["memory"],
+                self.depth,
+                "reference",
+                *self.batch,
+            )  # fmt: skip
             for split in ("train", "val")
             if self.chats.manifest[split]["rows"]
         }
@@ -354,16 +359,11 @@ class DPO(Stage):
         """Which targets of answers are not compared."""
         return (targets == data.EOT) & (not self.cfg.dpo.end)
 
-    def compared_rows(self, split, pairs=None):
-        """`pair_rows`, with masks of what is compared."""
-        rows = answers.pair_rows(self.chats, split, pairs)
-        return [(ids, targets, mask & ~self.left_out(targets)) for ids, targets, mask in rows]
-
     @cached_property
     def held_out(self):
-        """`compared_rows` of the first eval.tokens tokens of every source, and which pairs they are."""
+        """`pair_rows` of the first eval.tokens tokens of every source, and which pairs they are."""
         chosen, _ = answers.first_of_sources(self.chats.split("val"), self.cfg.eval.tokens, sides=2)
-        return self.compared_rows("val", chosen), chosen
+        return answers.pair_rows(self.chats, "val", chosen, self.cfg.dpo.end), chosen
 
     def evaluate(self, memory):
         """Rewards of held-out pairs, how they go with the length of answers, and answers to some of their prompts."""

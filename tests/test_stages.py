@@ -369,7 +369,8 @@ def test_any_checkpoint_is_measured_as_in_training(finished, monkeypatch):
     "options, message",
     [(["--data=chats", "--reference=./sft"], "for which --reference has no use"),
      (["--data=pairs"], "name the model before DPO by --reference"), (["--data=nowhere"], "nowhere"),
-     (["--data=pairs", "--reference=nowhere"], "nowhere"), (["--data=pairs", "--answers=-1"], "--answers -1")],
+     (["--data=pairs", "--reference=nowhere"], "nowhere"), (["--data=pairs", "--answers=-1"], "--answers -1"),
+     (["--data=pairs", "--answers=1", "--seed=-1"], "--seed -1")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(finished, monkeypatch, capsys, options, message):
     monkeypatch.chdir(finished)
@@ -389,6 +390,11 @@ def test_the_end_of_an_answer_can_be_left_out_of_the_comparison(workplace, finis
             out = model(*(torch.from_numpy(x)[None] for x in (ids, targets)), depth=model.config.max_depth)
         assert targets[mask][-1] == stages.data.EOT
         assert whole[i // 2, i % 2] - opened[i // 2, i % 2] == pytest.approx(-float(out.nll[0, mask][-1]), abs=1e-3)
+    assert (
+        evaluate.main(["chat", "./open", "--data=pairs", "--reference=./sft", "--tokens=600", "--json=open.json"]) == 0
+    )
+    found, trained = json.loads(Path("open.json").read_text())["all"], curve(workplace / "open")[-1]
+    assert found["margin"] == pytest.approx(trained["rewards/margins"], rel=1e-3), "measured as it was trained"
 
     closing = torch.tensor([[False, False, True, False, True]])
     sequence = torch.tensor([[-1, 0, 0, 1, 1]])
