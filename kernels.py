@@ -45,7 +45,8 @@ def launch(kernel):
 
 
 def quantize(x, scale, dtype):
-    """x * scale in FP8, saturated, and the amax of x, float32. torch.compile fuses it into what makes x."""
+    """x * scale in FP8, saturated but for NaN, and the amax of x, float32. torch.compile fuses it into what makes x.
+    With NaN in x its amax here is NaN, and by the kernels that of all else: either leaves `fp8.Scales` finite."""
     largest = LARGEST[dtype]
     return (x.float() * scale).clamp(-largest, largest).to(dtype), x.abs().amax(-1).amax().float()
 
@@ -183,7 +184,7 @@ if triton is not None:
 
     @triton.jit
     def _round(x, E4M3: tl.constexpr, ASSEMBLY: tl.constexpr):
-        """To E4M3 (of x * 2^8) or E5M2, saturated, as bytes."""
+        """To E4M3 (of x * 2^8) or E5M2, saturated but for NaN, as bytes."""
         if ASSEMBLY:
             return tl.inline_asm_elementwise(
                 TO_E4M3 if E4M3 else TO_E5M2, "=r,r,r", [x.to(tl.float16)], dtype=tl.uint8, is_pure=True, pack=4
@@ -191,23 +192,24 @@ if triton is not None:
         if E4M3:
             bits = tl.clamp(x, -1.75, 1.75).to(tl.float16).to(tl.uint16, bitcast=True)
             magnitude = bits & 0x7FFF
-            magnitude = (magnitude + 0x3F + ((magnitude >> 7) & 1)) >> 7
-            return (magnitude | ((bits >> 8) & 0x80)).to(tl.uint8)
-        bits = tl.clamp(x, -57344.0, 57344.0).to(tl.float16).to(tl.uint16, bitcast=True)
-        return ((bits + 0x7F + ((bits >> 8) & 1)) >> 8).to(tl.uint8)
+            rounded = ((magnitude + 0x3F + ((magnitude >> 7) & 1)) >> 7) | ((bits >> 8) & 0x80)
+        else:
+            bits = tl.clamp(x, -57344.0, 57344.0).to(tl.float16).to(tl.uint16, bitcast=True)
+            rounded = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
+        return tl.where(x == x, rounded, 0x7F).to(tl.uint8)  # else `clamp` would make a number of NaN
 
     def _rounding(largest, last, tail=""):
         """The same in PTX, four numbers at a time, two in a register: $1 and $2 in float16, $0 the four bytes. largest:
-        the bits of the largest number; last: the last bit that is kept; tail: what brings bytes to the upper half."""
+        the bits of the largest number; last: the last bit that is kept; tail: what brings bytes to the upper half.
+        `min` takes the smaller magnitude, with the sign of $1, and has numbers for NaN, which m and n then cover."""
         twice = lambda bits: f"0x{bits << 16 | bits:08X}"  # noqa: E731
         text = f"""{{
-            .reg .b32 a, b, s, t, high, low;
+            .reg .b32 a, b, s, t, m, n, high;
             mov.b32 high, {twice(largest)};
-            mov.b32 low, {twice(largest | 0x8000)};
-            min.f16x2 a, $1, high;
-            min.f16x2 b, $2, high;
-            max.f16x2 a, a, low;
-            max.f16x2 b, b, low;
+            min.xorsign.abs.f16x2 a, $1, high;
+            min.xorsign.abs.f16x2 b, $2, high;
+            set.nan.u32.f16x2 m, $1, $1;
+            set.nan.u32.f16x2 n, $2, $2;
             shr.b32 s, a, {last};
             shr.b32 t, b, {last};
             and.b32 s, s, {twice(1)};
@@ -217,6 +219,8 @@ if triton is not None:
             add.u32 s, s, a;
             add.u32 t, t, b;
             {tail}
+            or.b32 s, s, m;
+            or.b32 t, t, n;
             prmt.b32 $0, s, t, 0x7531;
         }}"""
         return tl.constexpr(" ".join(text.split()))  # one line: torch.compile writes it into a file as a string

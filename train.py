@@ -187,6 +187,10 @@ class Trainer:
             dist.all_reduce(sums)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(grads).to(self.device)
+        if self.model.scales is not None and (seen := self.model.scales.probe.grad) is not None:
+            if self.world > 1:
+                dist.all_reduce(seen, dist.ReduceOp.MAX)
+            grad_norm = grad_norm + 0 * seen.sum()  # FP8 saturates what is infinite, but its amax tells
         finite = sums[-len(own) - 3].isfinite() & grad_norm.isfinite()
         metrics = read_later(torch.cat([sums, grad_norm[None]]))
         factor = learning_rate((self.step + 1) / self.steps, self.cfg.optim)
@@ -197,8 +201,6 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         if self.model.scales is not None:
-            if self.world > 1:
-                dist.all_reduce(self.model.scales.probe.grad, dist.ReduceOp.MAX)
             self.model.scales.update(len(parts))
         last = self.step + 1 == self.steps
         self.batch = None if last else self._read()

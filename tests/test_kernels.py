@@ -1,5 +1,6 @@
 """FP8 kernels against their definitions, on a GPU or in Triton's interpreter (test_interpreter.py)."""
 
+import math
 import os
 
 import numpy as np
@@ -104,10 +105,12 @@ def run_ptx(program, *inputs):
         picked = np.stack([a, b], -1).view(np.uint8)[:, [selector >> 4 * i & 7 for i in range(4)]]
         return np.ascontiguousarray(picked).view(np.uint32)[:, 0]
 
+    smaller = lambda a, b: np.copysign(np.fmin(abs(a), abs(b)), a)  # noqa: E731
+    isnan = lambda a, b: np.where(np.isnan(a) | np.isnan(b), 0xFFFF, 0).astype(np.uint16)  # noqa: E731
     operations = {
-        "mov.b32": lambda a: a, "min.f16x2": halves(np.fmin), "max.f16x2": halves(np.fmax), "add.u32": np.add,
-        "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "shl.b32": np.left_shift, "shr.b32": np.right_shift,
-        "prmt.b32": permute,
+        "mov.b32": lambda a: a, "min.xorsign.abs.f16x2": halves(smaller), "set.nan.u32.f16x2": halves(isnan),
+        "add.u32": np.add, "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "shl.b32": np.left_shift,
+        "shr.b32": np.right_shift, "prmt.b32": permute,
     }  # fmt: skip
     for statement in program.strip("{} \n").split(";"):
         if statement.strip() and not statement.strip().startswith(".reg"):
@@ -144,13 +147,13 @@ def test_the_gradient_of_swiglu_is_that_of_autograd():
 @pytest.mark.parametrize("dtype, program", [(kernels.E5M2, "TO_E5M2"), (kernels.E4M3, "TO_E4M3")])
 def test_the_ptx_rounds_every_float16(dtype, program):
     numbers = np.arange(2**16, dtype=np.uint16)
-    numbers = numbers[~np.isnan(numbers.view(np.float16))]
     numbers = np.resize(np.random.default_rng(0).permutation(numbers), (-(-len(numbers) // 4), 4))
     rounded = run_ptx(getattr(kernels, program).value, *np.ascontiguousarray(numbers).view(np.uint32).T.copy())
     rounded = torch.from_numpy(rounded.view(np.uint8).copy()).view(dtype).float()
     values = torch.from_numpy(numbers.ravel().view(np.float16)).float() * (256 if dtype == kernels.E4M3 else 1)
     largest = kernels.LARGEST[dtype]
-    assert torch.equal(rounded, values.clamp(-largest, largest).to(dtype).float())
+    expected = values.clamp(-largest, largest).to(dtype).float()
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles nothing")
@@ -185,3 +188,51 @@ def test_values_beyond_the_range_saturate(both):
     for fast, definition in zip(*both(kernels.quantize_transpose, x, torch.ones((), device=DEVICE))):
         assert torch.equal(fast.float(), definition.float()) and fast.float().abs().max() <= 1e6
     assert fast == 1e6  # amax: of x itself
+
+
+@runs_kernels
+def test_nan_is_kept_and_infinity_saturates(both):
+    """Or a step whose gradients are NaN would seem sound. The amax of a kernel is that of all else."""
+    torch.manual_seed(0)
+    wide, grad = torch.randn(64, 2, 96, device=DEVICE), torch.randn(64, 96, device=DEVICE)
+    wide[1, 0, 2] = wide[33, 1, 5] = grad[7, 70] = -math.nan
+    wide[2, 0, 3] = wide[34, 1, 6] = grad[8, 71] = math.inf
+    grad[9, 72] = math.nan
+    wide, one, targets = wide.flatten(1), torch.ones((), device=DEVICE), torch.arange(64, device=DEVICE)
+    for function, *arguments in (
+        (kernels.swiglu_quantize, wide, one),
+        (lambda x: (kernels.swiglu_rounded(x),), wide.bfloat16()),
+        *((kernels.swiglu_gradient_quantize, grad, wide, one, one, dtype) for dtype in kernels.LARGEST),
+        *((kernels.quantize_transpose, grad, one, dtype) for dtype in kernels.LARGEST),
+        (kernels.softmax_gradient_quantize, grad.clamp(-9, 9), torch.ones_like(grad[:, 0]), targets, grad[:, 0], one),
+    ):
+        for fast, definition in zip(*both(function, *arguments)):
+            if fast.dim():
+                torch.testing.assert_close(fast.float(), definition.float(), equal_nan=True, rtol=0.26, atol=0.01)
+                assert fast.float().isnan().any()
+    for dtype in kernels.LARGEST:
+        x = torch.tensor([[math.nan, 3.0, math.inf, -math.inf]], device=DEVICE)
+        rounded = kernels.quantize_transpose(x, one, dtype)[0][0].tolist()
+        assert math.isnan(rounded[0]) and rounded[1:] == [3.0, kernels.LARGEST[dtype], -kernels.LARGEST[dtype]]
+    out, out_t = (torch.empty(shape, dtype=kernels.E4M3, device=DEVICE) for shape in ((64, 96), (96, 64)))
+    kernels.quantize_weight(grad, one, out, out_t)
+    assert torch.equal(out.float().isnan(), grad.isnan()) and torch.equal(out_t.float().isnan(), grad.t().isnan())
+
+
+@runs_kernels
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_is_not_finite_shows_in_gradient_or_amax(backward, bad):
+    """Of a layer in FP8; train.py skips such steps. The scales stay finite."""
+    torch.manual_seed(0)
+    weight = fp8.Weight(torch.nn.Parameter(torch.randn(32, 32, device=DEVICE)))
+    weight.prepare(torch.bfloat16, fp8.FP8)
+    scales, x = fp8.Scales(1, DEVICE), torch.randn(2, 16, 32, device=DEVICE, dtype=torch.bfloat16)
+    x, grad = x.unbind()
+    (grad if backward else x)[3, 5] = bad
+    y = fp8.linear(x, weight, fp8.FP8, scales.of_uses()[0])
+    y.backward(grad)
+    assert math.isnan(bad) is not (weight.masters[0].grad.isfinite().all() and y.isfinite().all()).item()
+    assert math.isnan(bad) or scales.probe.grad.isinf().any()
+    scales.update()
+    assert scales.scale.isfinite().all() and (scales.scale > 0).all()

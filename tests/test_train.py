@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -288,13 +289,17 @@ def test_two_processes_give_the_losses_of_one(workplace, reference):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-4)
 
 
-def poison(monkeypatch, steps):
-    """Make the loss of these steps infinite."""
-    loss = RecurrentTransformer.loss
+def poison(monkeypatch, steps, amax=False):
+    """Make the loss of these steps infinite, or what FP8 rounds in its GEMMs."""
+    loss, quantize = RecurrentTransformer.loss, train.fp8.quantize
 
     def poisoned(self, *args):
         factor = float("inf") if self.training and poisoned.step in steps else 1
         return tuple(part * factor for part in loss(self, *args))
+
+    def saturated(x, *args):
+        rounded, largest = quantize(x, *args)
+        return rounded, torch.full_like(largest, math.inf) if poisoned.step in steps else largest
 
     train_step = train.Trainer.train_step
 
@@ -306,7 +311,10 @@ def poison(monkeypatch, steps):
         assert same is (self.step in steps)
         return metrics
 
-    monkeypatch.setattr(RecurrentTransformer, "loss", poisoned)
+    if amax:
+        monkeypatch.setattr(train.fp8, "quantize", saturated)
+    else:
+        monkeypatch.setattr(RecurrentTransformer, "loss", poisoned)
     monkeypatch.setattr(train.Trainer, "train_step", counted)
 
 
@@ -317,6 +325,14 @@ def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(workplace, monkeyp
     assert [line["bad_steps"] for line in lines] == [0] * 3 + [1] + [2] * 8
     assert [line["loss"] is None for line in lines] == [step in (4, 5) for step in range(1, STEPS + 1)]
     assert all(line["loss"] < 20 for line in lines[5:])  # neither weights nor memory are spoiled
+
+
+def test_a_step_in_which_fp8_saturated_infinity_is_skipped_and_counted(workplace, monkeypatch):
+    poison(monkeypatch, {4, 5}, amax=True)
+    assert run(monkeypatch, "--train.dtype=fp8", "--train.max_bad_steps=3") == 0
+    lines = [line for line in curve(workplace / "run") if line["event"] == "train"]
+    assert [line["bad_steps"] for line in lines] == [0] * 3 + [1] + [2] * 8
+    assert [line["grad_norm"] is None for line in lines] == [step in (4, 5) for step in range(1, STEPS + 1)]
 
 
 def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(workplace, monkeypatch, capsys):
