@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import kernels
 from kernels import NAMESPACE, launch
 
 try:
@@ -55,7 +56,7 @@ def attention(q, k, v, past, first, last, offset):
 def available(device, d):
     """Whether the kernels run on `device` with a head size of d."""
     capable = triton is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return capable and d in (16, 32, 64, 128)
+    return kernels.enabled and capable and d in (16, 32, 64, 128)
 
 
 def reference(q, k, v, past, first, offset):

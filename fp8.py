@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import attention
 import kernels
 import packed
 from kernels import (
@@ -208,46 +209,99 @@ def self_test(device):
         return f"FP8 needs compute capability 8.9, this is {capability[0]}.{capability[1]}"
     if triton is None:
         return "Triton is not installed"
+    if not kernels.enabled:
+        return "its kernels are off"
     for kernels.assembly in (True, False):
-        if (reason := _wrong(device)) is None:
+        if (reason := _wrong(_rounding_cases(device))) is None:
             return None
     return reason
 
 
-def _wrong(device):
-    """Which result is wrong, and by how much, or what was raised; None: all are right."""
+def self_test_plain(device, dtype, d):
+    """Which kernel that training without FP8 has, too, is wrong on this device with a head size of d, or None."""
+    if device.type != "cuda" or triton is None:
+        return None
+    used = 2 if dtype == torch.float32 else 5 if attention.available(device, d) else 3
+    return _wrong(_plain_cases(device, dtype, d)[:used])
+
+
+def _wrong(cases):
+    """Which of the (name, function) is wrong, and by how much, or what it raised; None: all are right. A function
+    returns tensors: by the kernels, and, without `kernels.enabled`, by their definitions."""
+    for name, function in cases:
+        try:
+            found, kernels.enabled = function(), False
+            for result, expected in zip(found, function()):
+                error = ((result.float() - expected.float()).norm() / expected.float().norm()).item()
+                if not error < 0.05:
+                    return f"the {name} is off by {error:.2g}"
+        except Exception as error:  # of the driver, cuBLAS or the compiler: whatever it is, PyTorch's own remains
+            return f"the {name} raised {type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+        finally:
+            kernels.enabled = True
+    return None
+
+
+def _rounding_cases(device):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator).to(device) for _ in "ab")
-    one, targets = torch.ones((), device=device), torch.arange(256, device=device)
+    a8, b8, one, targets = a.to(E4M3), b.to(E4M3), torch.ones((), device=device), torch.arange(256, device=device)
     wide, grad = a.bfloat16(), b[:, :256].bfloat16().contiguous()
-    lse, weights, rounded = a.logsumexp(-1), torch.ones(256, device=device), torch.empty_like(a, dtype=E4M3)
-    rounded_t = torch.empty_like(rounded.t(), memory_format=torch.contiguous_format)
-    try:
-        quantize_weight(a, one, rounded, rounded_t)
-        wide_grad = swiglu_gradient(grad, wide)
-        results = {
-            "GEMM": [(matmul(a.to(E4M3), b.to(E4M3), one, one, torch.bfloat16), a @ b.t())],
-            "rounding of weights": [(rounded, a), (rounded_t, a.t())],
-            "rounding of gradients": zip(quantize_transpose(wide, one), (a, a.t())),
-            "SwiGLU": [(swiglu_quantize(wide, one)[0], swiglu(wide))],
-            "SwiGLU gradient": zip(
-                swiglu_gradient_quantize(grad, wide, one, one), (wide_grad, wide_grad.t(), swiglu(wide).t())
-            ),
-            "log-sum-exp": [(log_sum_exp(wide), lse)],
-            "softmax gradient": zip(
-                softmax_gradient_quantize(wide, lse, targets, weights, one),
-                [(p := softmax_gradient(wide, lse, targets, weights)), p.t()],
-            ),
-            "transposition": [(transpose(rounded), a.t())],
-        }
-        for name, pairs in results.items():
-            for result, expected in pairs:
-                error = ((result.float() - expected).norm() / expected.norm()).item()
-                if not error < 0.1:
-                    return f"the {name} is off by {error:.2g}"
-    except Exception as error:  # of the driver, cuBLAS or the compiler: whatever it is, bf16 remains
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return None
+    holes, lse, weights = wide.masked_fill(a > 1, torch.nan), a.logsumexp(-1), torch.ones(256, device=device)
+    rounded, rounded_t = a8.clone(), a8.t().clone(memory_format=torch.contiguous_format)
+
+    def product():
+        return [matmul(a8, b8, one, one, torch.bfloat16) if kernels.enabled else a8.float() @ b8.float().t()]
+
+    def round_weights():
+        quantize_weight(b, one, rounded, rounded_t)
+        return rounded.clone(), rounded_t.clone()
+
+    return (
+        ("GEMM", product),
+        ("rounding of weights", round_weights),
+        ("rounding of gradients", lambda: quantize_transpose(wide, one)),
+        ("rounding of NaN", lambda: [quantize_transpose(holes, one, dtype)[0].float().isnan() for dtype in LARGEST]),
+        ("SwiGLU", lambda: swiglu_quantize(wide, one)),
+        ("SwiGLU gradient", lambda: swiglu_gradient_quantize(grad, wide, one, one)),
+        ("log-sum-exp", lambda: [log_sum_exp(wide)]),
+        ("softmax gradient", lambda: softmax_gradient_quantize(wide, lse, targets, weights, one)),
+        ("transposition", lambda: [transpose(a8)]),
+    )
+
+
+def _plain_cases(device, dtype, d, B=2, T=150, M=100, H=2, start=70):
+    """In the second row a document opens at `start`, and its memory is dead."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)  # noqa: E731
+    qkv, direction, *past = random(B, T, 3, H, d), random(B, T, H, d), random(B, M, H, d), random(B, M, H, d)
+    wide = qkv.bfloat16().flatten(2).flatten(0, 1)
+    frozen, active = [random(B, T, H, d) for _ in "kv"], torch.rand(B, T, generator=generator).to(device) < 0.5
+    rope = (angle := torch.rand(T, 1, d // 2, generator=generator).to(device)).cos(), angle.sin()
+    later, row = torch.arange(T) >= start, torch.tensor([[0], [1]])
+    first = (row * (M + start * later)).int().to(device)
+    last = (T - 1 - row * (T - start) * ~later).int().to(device)
+    offset = torch.tensor([M // 3], dtype=torch.int32, device=device)
+
+    def attend(q, k, v):
+        if kernels.enabled:
+            return [attention.attention(q, k, v, past, first, last, offset)]
+        return [attention.reference(q, k, v, past, first, offset)]
+
+    @torch.enable_grad()
+    def gradients(function, *inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        results = function(*inputs)
+        return torch.autograd.grad(results, inputs, [direction] * len(results))
+
+    heads = lambda qkv, *frozen: kernels.heads(qkv, rope, *((frozen, active) if frozen else ()))  # noqa: E731
+    return (
+        ("heads", lambda: heads(qkv) + heads(qkv, *frozen)),
+        ("gradient of the heads", lambda: gradients(heads, qkv) + gradients(heads, qkv, *frozen)),
+        ("SwiGLU of evaluation", lambda: [kernels.swiglu_rounded(wide)]),
+        ("attention", lambda: attend(*qkv.unbind(2))),
+        ("gradient of the attention", lambda: gradients(attend, *qkv.unbind(2))),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- layers

@@ -75,6 +75,10 @@ class Trainer:
             self.model.packing = 0  # a graph for each capacity takes longer than evaluation would be faster
             self.model.compile()
         self.model.recompute = self.t.recompute
+        if reason := fp8.self_test_plain(self.device, dtype, cfg.model.width // cfg.model.heads):
+            kernels.enabled = False
+            if self.main:
+                print(f"training goes on without kernels, slower: {self.device_name()}: {reason}", file=sys.stderr)
         if self.t.dtype == "fp8":
             self._use_fp8()
         if cfg.init:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import attention
 import fp8
 import kernels
 
@@ -93,6 +94,41 @@ def test_every_fp8_number_survives_rounding_by_hand():
         result = kernels.quantize_transpose(between, torch.ones((), device=DEVICE), dtype)
         assert torch.equal(result[0].float(), between.to(dtype).float())
         assert torch.equal(result[1].float(), result[0].float().t())
+
+
+FAULTS = {  # the operator of a kernel, and what the self-test calls it
+    (fp8, "matmul"): "GEMM",
+    (kernels, "_quantize_transpose"): "rounding of gradients",
+    (kernels, "_swiglu_quantize"): "SwiGLU",
+    (kernels, "_swiglu_gradient_quantize"): "SwiGLU gradient",
+    (kernels, "_log_sum_exp"): "log-sum-exp",
+    (kernels, "_softmax_gradient_quantize"): "softmax gradient",
+    (kernels, "_transpose"): "transposition",
+    (kernels, "_swiglu_rounded"): "SwiGLU of evaluation",
+    (kernels, "_heads"): "heads",
+    (kernels, "_heads_gradient"): "gradient of the heads",
+    (attention, "_forward"): "attention",
+    (attention, "_backward"): "gradient of the attention",
+}
+
+
+@runs_kernels
+def test_the_self_test_names_the_kernel_that_is_wrong(monkeypatch):
+    device, dtype = torch.device(DEVICE), torch.float32 if INTERPRETED else torch.bfloat16
+    cases = *fp8._rounding_cases(device), *fp8._plain_cases(device, dtype, 16, T=40, M=24, start=17)
+    assert fp8._wrong(cases) is None and kernels.enabled
+    for (module, operator), name in FAULTS.items():
+        case, right = [case for case in cases if case[0] == name], getattr(module, operator)
+
+        def off(*arguments, right=right):
+            results = right(*arguments)
+            return 1.5 * results.float() if torch.is_tensor(results) else tuple(1.5 * x.float() for x in results)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, operator, off)
+            assert fp8._wrong(case) == f"the {name} is off by 0.5"
+            patch.setattr(module, operator, None)
+            assert fp8._wrong(case).startswith(f"the {name} raised TypeError: 'NoneType'") and kernels.enabled
 
 
 def run_ptx(program, *inputs):

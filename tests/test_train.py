@@ -239,6 +239,15 @@ def test_where_fp8_does_not_work_training_says_why_and_goes_on_without(workplace
     assert_same_run(workplace / "run", reference / "run")
 
 
+def test_where_a_kernel_is_wrong_training_says_so_and_goes_on_without_any(workplace, reference, monkeypatch, capsys):
+    monkeypatch.setattr(train.kernels, "enabled", True)  # put back afterwards
+    monkeypatch.setattr(train.fp8, "self_test_plain", lambda device, dtype, d: f"the attention of {d} is off by 0.5")
+    monkeypatch.setattr(train.Trainer, "device_name", lambda self: "Some GPU")
+    assert run(monkeypatch) == 0 and not train.kernels.enabled
+    assert "without kernels, slower: Some GPU: the attention of 8 is off by 0.5" in capsys.readouterr().err
+    assert_same_run(workplace / "run", reference / "run")
+
+
 @pytest.mark.parametrize("recompute", ["mlp", "step"])
 def test_recomputing_activations_changes_nothing(workplace, reference, monkeypatch, recompute):
     assert run(monkeypatch, f"--train.recompute={recompute}") == 0
