@@ -27,6 +27,9 @@ def run_decode(args, overrides):
     result = {"model": vars(cfg.model), "context": args.context, "tokens": args.tokens, "rows": args.rows}
     result["copy_gb_per_second"] = bandwidth(device)
     for name in args.sections:
+        if name == "profile" and not on_cuda:
+            note("section profile is left out: it is of a GPU's kernels")
+            continue
         note(f"section {name}")
         try:
             result[name] = getattr(bench, name)(result["copy_gb_per_second"])
@@ -215,11 +218,14 @@ class Bench:
         return found
 
     def profile(self, copy):
-        """Microseconds of the kernels of a tick that does not halt, and of one that does."""
-        found = {}
-        for name, depth in (("a tick", self.c.max_depth), ("a tick that halts", 1)):
-            machine = self.engine(1, self.model(), depth=depth)
-            machine.join(0, self.text(self.args.context).tolist(), machine.state.tokens.shape[1])
+        """Microseconds of the kernels of a tick that does not halt, of one that does, and of one of many rows, each
+        started when the one before has ended: else they would count their waiting."""
+        found, R, N = {}, self.args.rows, self.c.max_depth
+        for name, rows, depth in (("a tick", 1, N), ("a tick that halts", 1, 1), (f"a tick of {R} rows", R, N)):
+            machine = self.engine(rows, self.model(), depth=depth)
+            machine.kernels.options = dict(EARLY=False)
+            for row in range(rows):
+                machine.join(row, self.text(self.args.context).tolist(), machine.state.tokens.shape[1])
             machine.tick()
             clock(self.device)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:

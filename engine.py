@@ -28,8 +28,7 @@ from decoding import Continuation, truncate
 from kernels import heads, swiglu
 from model import LAST, norm
 
-AHEAD = 32  # ticks between two looks of the host
-IN_GRAPH = 8  # ticks of one CUDA graph; divides AHEAD
+AHEAD = 32  # ticks between two looks of the host: one CUDA graph
 
 
 @dataclass
@@ -278,7 +277,7 @@ class Engine:
             done = count
 
     def ticks(self, number):
-        """Run `number` ticks. On CUDA that is a multiple of `IN_GRAPH`, and they are launched without waiting."""
+        """Run `number` ticks. On CUDA that is a multiple of `AHEAD`, and they are launched without waiting."""
         if not self.checked:
             self.check()
         if not self.state.h.is_cuda:
@@ -287,7 +286,7 @@ class Engine:
             return
         if self.graph is None:
             self.capture()
-        for _ in range(number // IN_GRAPH):
+        for _ in range(number // AHEAD):
             self.graph.replay()
 
     def try_tick(self, last=False):
@@ -364,7 +363,7 @@ class Engine:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            for _ in range(IN_GRAPH):
+            for _ in range(AHEAD):
                 self.tick()
 
     def run(self, prompts, limits, together=False, until=None):

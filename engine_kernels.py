@@ -1,18 +1,18 @@
 """A tick (engine.py) in Triton kernels.
 
-Of one row it is eight of them, each bound by the weights that it reads:
+Of one row it is six of them, each bound by the weights that it reads:
 
-    _qkv        injection, norm, gain -> query, key, value     _down    SwiGLU product -> state
-    _attend     norm, rotation, cache write, attention         _halt    the halting head, Graves' rule
-    _output     sum of the attention's parts -> residual       _head    logits, the largest of each tile
-    _gate_up    norm, gain -> SwiGLU product                   _next    the token, and the start of its recurrence
+    _qkv        injection, norm, gain -> query, key, value     _gate_up    norm, gain -> SwiGLU product
+    _attend     norm, rotation, cache write, attention         _down       SwiGLU product -> state
+    _output     sum of the attention's parts -> residual       _head       Graves' rule; logits; the next token
 
 Vectors between them are float32; norms are worked out again by every program that needs them, as a vector of the
 model's width is nothing beside a tile of weights. Weights are in any float type; FP8 ones have a scale for every row.
+Where the GPU can (`launches_early`), a kernel starts beside the one before it, reads its first weights, and waits.
 
 Of several rows a library's matrix products read the weights, and what lies between two of them is one kernel with a
 program for every row: `_enter`, `_attend` and `_merge`, `_residual`, SwiGLU (kernels.py), `_residual`, `_halt`, and
-`_pick` and `_next` behind the head. The last two return at once where the token has not halted, so the host is never
+`_pick` and `_next` behind the head. Logits and tokens are left out where the token has not halted, so the host is never
 asked.
 """
 
@@ -34,17 +34,34 @@ if triton:
     from kernels import _limited
 
 EPSILON = tl.constexpr(1.1920929e-07) if triton else None  # of F.rms_norm: that of float32
-# Rows of a matrix that a program has, or logits, and its warps.
-TILES = {"qkv": (8, 8), "output": (4, 4), "gate_up": (8, 8), "down": (2, 4), "head": (8, 8), "pick": (2048, 4)}
-PROGRAMS = 1024  # of the head
-SPLITS, KEYS = 4, 64  # programs that share the keys of a head, and keys that one reads at a time
+CHUNK = tl.constexpr(256) if triton else None  # columns of a matrix that a warp reads of a row at once, 16 bytes a lane
+# Of the kernels of one row, each with its number of warps: rows of the matrix that a warp has, one after the other (and
+# `down`: that a program has), keys that a program reads at once. Of several: logits. FP8 weights take half the room.
+TILES = {"qkv": (4, 4), "attend": (64, 4), "output": (1, 8), "gate_up": (2, 4), "down": (2, 4), "head": (1, 8),
+         "pick": (4096, 4)}  # fmt: skip
+FP8_TILES = TILES | {"output": (2, 4), "down": (4, 4), "head": (2, 8)}
+PROGRAMS = 264  # of the head
+SPLITS = 4  # the most programs that share the keys of a head
 
 
 def available(model):
     """Whether the kernels run where this model is."""
     d = model.config.width // model.config.heads
     on_device = model.embedding.weight.is_cuda and triton is not None or INTERPRETED
-    return on_device and d >= 4 and d & (d - 1) == 0
+    return on_device and 4 <= d <= CHUNK.value and d & (d - 1) == 0
+
+
+def launches_early(device):
+    """Whether the GPU knows programmatic dependent launch."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@jit
+def _wait(EARLY: tl.constexpr):
+    """Let the next kernel start, and wait for the end of the one before. Read before this what no kernel writes."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @jit
@@ -54,41 +71,94 @@ def _vector(pointer, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
+def _scale(x, SIZE: tl.constexpr):
+    """By which a vector's norm multiplies it."""
+    return tl.rsqrt(tl.sum(x * x, 0) / SIZE + EPSILON)
+
+
+@jit
 def _norm(x, SIZE: tl.constexpr):
-    return x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + EPSILON)
+    return x * _scale(x, SIZE)
 
 
 @jit
-def _times(weight, scale, row, rows, x, SIZE: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr):
-    """Some rows (TILE,) of a matrix (rows, SIZE) times the vector x."""
-    column = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < SIZE)[None, :]
-    tile = tl.load(weight + row.to(tl.int64)[:, None] * SIZE + column[None, :], mask=inside, other=0.0)
-    y = tl.sum(tile.to(tl.float32) * x[None, :], 1)
+def _part(pointer, i, SIZE: tl.constexpr, WARPS: tl.constexpr):
+    """The i-th chunk of a vector, once for every warp (WARPS, CHUNK): read so, it is where the weights are."""
+    column = i * CHUNK + tl.arange(0, CHUNK)[None, :] + tl.zeros((WARPS, 1), tl.int32)
+    return tl.load(pointer + column, mask=column < SIZE, other=0.0).to(tl.float32)
+
+
+@jit
+def _rows(program, group, GROUPS: tl.constexpr, WARPS: tl.constexpr):
+    """One row of a matrix for every warp."""
+    return (program * GROUPS + group) * WARPS + tl.arange(0, WARPS)
+
+
+@jit
+def _tile(weight, row, rows, SIZE: tl.constexpr):
+    """Rows (WARPS,) of a matrix (rows, SIZE): a tuple of chunks (WARPS, CHUNK)."""
+    tile = ()
+    for i in tl.static_range(tl.cdiv(SIZE, CHUNK)):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        inside = (row < rows)[:, None] & (column < SIZE)[None, :]
+        at = row.to(tl.int64)[:, None] * SIZE + column[None, :]
+        tile = tile + (tl.load(weight + at, mask=inside, other=0.0),)
+    return tile
+
+
+@jit
+def _tiles(weight, program, rows, SIZE: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr):
+    """All rows of a program: in registers, as they are read before there is a vector to multiply them with."""
+    tiles = ()
+    for group in tl.static_range(GROUPS):
+        tiles = tiles + (_tile(weight, _rows(program, group, GROUPS, WARPS), rows, SIZE),)
+    return tiles
+
+
+@jit
+def _times(tile, y, scale, row, rows, SCALED: tl.constexpr):
+    """A `_tile` times a vector, a tuple of chunks (WARPS, CHUNK) or (1, CHUNK)."""
+    total = tile[0].to(tl.float32) * y[0]
+    for i in tl.static_range(1, len(y)):
+        total += tile[i].to(tl.float32) * y[i]
+    product = tl.sum(total, 1)
     if SCALED:
-        y *= tl.load(scale + row, mask=row < rows, other=0.0)
-    return y
+        product *= tl.load(scale + row, mask=row < rows, other=0.0)
+    return product
 
 
 @jit
-def _of_step(pointer, n, rows, SIZE: tl.constexpr, OWN: tl.constexpr):
-    """Where the weights of step n are, if each step has its own."""
+def _of_step(pointer, step, rows, SIZE: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr):
+    """Where the weights of the step are, if each has its own: known only behind the wait."""
     if OWN:
-        pointer += n.to(tl.int64) * rows * SIZE
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        pointer += tl.load(step).to(tl.int64) * rows * SIZE
     return pointer
 
 
 @jit
-def _injected(h, e, inject, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    return tl.load(inject) * _norm(_vector(h, WIDTH, BLOCK), WIDTH) + tl.load(inject + 1) * _vector(e, WIDTH, BLOCK)
+def _turn(position, frequency, turn, row, HALF: tl.constexpr):
+    """Leave cos and sin (2, HALF) of a row's rotation."""
+    lane = tl.arange(0, HALF)
+    turns = tl.load(position + row).to(tl.float64) * (tl.load(frequency + lane) * 0.15915494309189535)
+    angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
+    tl.store(turn + row * (2 * HALF) + lane, tl.cos(angle))
+    tl.store(turn + row * (2 * HALF) + HALF + lane, tl.sin(angle))
 
 
 @jit
-def _enter(h, e, step, inject, gains, x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _enter(
+    h, e, step, inject, gains, position, frequency, turn, x, y,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """x: with the injection; y: its norm and gain, what the projection to query, key and value reads."""
+    _wait(EARLY)
+    _turn(position, frequency, turn, tl.program_id(0), HALF)
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     n, at = tl.load(step + row), row * WIDTH
-    u = _injected(h + at, e + at, inject + 2 * n, WIDTH, BLOCK)
+    u = tl.load(inject + 2 * n) * _norm(_vector(h + at, WIDTH, BLOCK), WIDTH)
+    u += tl.load(inject + 2 * n + 1) * _vector(e + at, WIDTH, BLOCK)
     normed = _norm(u, WIDTH) * _vector(gains + 4 * n * WIDTH, WIDTH, BLOCK)
     tl.store(x + at + column, u, mask=column < WIDTH)
     tl.store(y + at + column, normed.to(y.dtype.element_ty), mask=column < WIDTH)
@@ -96,26 +166,44 @@ def _enter(h, e, step, inject, gains, x, y, WIDTH: tl.constexpr, BLOCK: tl.const
 
 @jit
 def _qkv(
-    h, e, step, inject, gains, weight, scale, qkv, x, rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, OWN: tl.constexpr,
+    h, e, step, inject, gains, position, frequency, turn, weight, scale, qkv, x, out, remainder, before, rest,
+    steps_before, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+    SCALED: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    """The last program leaves what others need: x, the state with the injection; the rotation; and for `_head` the
+    state before this tick."""
+    program = tl.program_id(0)
+    tiles = _tiles(_of_step(weight, step, rows, WIDTH, OWN, EARLY), program, rows, WIDTH, GROUPS, WARPS)
+    if EARLY:  # the other way round than in `_wait`: `_attend` reads the state early
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.load(step)
-    u = _injected(h, e, inject + 2 * n, WIDTH, BLOCK)
-    y = _norm(u, WIDTH) * _vector(gains + 4 * n * WIDTH, WIDTH, BLOCK)
-    weight, scale = _of_step(weight, n, rows, WIDTH, OWN), _of_step(scale, n, rows, 1, OWN)
-    tl.store(qkv + row, _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED), mask=row < rows)
-    if tl.program_id(0) == 0:
+    a, b, gains = tl.load(inject + 2 * n), tl.load(inject + 2 * n + 1), gains + 4 * n * WIDTH
+    a *= _scale(_vector(h, WIDTH, BLOCK), WIDTH)
+    u = a * _vector(h, WIDTH, BLOCK) + b * _vector(e, WIDTH, BLOCK)
+    if program == tl.num_programs(0) - 1:
+        _turn(position, frequency, turn, 0, HALF)
         column = tl.arange(0, BLOCK)
         tl.store(x + column, u, mask=column < WIDTH)
+        tl.store(before + column, _vector(out, WIDTH, BLOCK), mask=column < WIDTH)
+        tl.store(rest, tl.load(remainder))
+        tl.store(steps_before, n)
+    else:
+        by, y = _scale(u, WIDTH), ()
+        for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
+            part = a * _part(h, i, WIDTH, WARPS) + b * _part(e, i, WIDTH, WARPS)
+            y = y + (part * by * _part(gains, i, WIDTH, WARPS),)
+        scale = _of_step(scale, step, rows, 1, OWN, EARLY)
+        for group in tl.static_range(GROUPS):
+            row = _rows(program, group, GROUPS, WARPS)
+            tl.store(qkv + row, _times(tiles[group], y, scale, row, rows, SCALED), mask=row < rows)
 
 
 @jit
 def _rotated(pointer, c, s, HALF: tl.constexpr):
-    a, b = (
-        tl.load(pointer + tl.arange(0, HALF)).to(tl.float32),
-        tl.load(pointer + HALF + tl.arange(0, HALF)).to(tl.float32),
-    )
+    lane = tl.arange(0, HALF)
+    a, b = tl.load(pointer + lane).to(tl.float32), tl.load(pointer + HALF + lane).to(tl.float32)
     r = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + EPSILON)
     a, b = a * r, b * r
     return a * c - b * s, a * s + b * c
@@ -123,92 +211,118 @@ def _rotated(pointer, c, s, HALF: tl.constexpr):
 
 @jit
 def _attend(
-    qkv, keys, values, step, position, first, frequency, acc, high, total, rows, H, M, slots,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    qkv, turn, keys, values, step, position, first, acc, high, total, rows, H, M, slots,
+    HALF: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row, over a PARTS-th of the keys. acc: (R, H, PARTS, d), high and total (R, H, PARTS)."""
+    """One head of one row, over a PARTS-th of the keys. acc: (R, H, PARTS, d), high and total (R, H, PARTS). Every key
+    of a tile has a softmax of its own, with those of the tiles that follow, until the end.
+
+    What is read before the wait was settled before the kernel before this began; the L1 cache need not know it yet."""
     row, head, part = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
-    lane = tl.arange(0, HALF)
-    p, n = tl.load(position + row), tl.minimum(tl.load(step + row), slots - 1)
-    visible = (p - tl.load(first + row)).to(tl.int32)  # tokens before this one; remainders of 64 bits take long
-    column = (p % M).to(tl.int32)
-    angle = p.to(tl.float64) * tl.load(frequency + lane)
-    angle = (angle - tl.floor(angle / 6.283185307179586) * 6.283185307179586).to(tl.float32)
-    c, s = tl.cos(angle), tl.sin(angle)
+    lane, row_size = tl.arange(0, HALF), H * (2 * HALF)
+    p = tl.load(position + row, cache_modifier=".cg")
+    n = tl.minimum(tl.load(step + row, cache_modifier=".cg"), slots - 1)
+    # tokens before this one; remainders of 64 bits take long
+    visible = (p - tl.load(first + row, cache_modifier=".cg")).to(tl.int32)
+    column, end = (p % M).to(tl.int32), tl.minimum(p + 1, M).to(tl.int32)  # behind the end nothing has been written
+    own = (n * rows + row).to(tl.int64) * M * row_size + head * (2 * HALF)
+    j = part * TILE + tl.arange(0, TILE)
+    seen = _seen(j, column, visible, end, M)
+    k_a, k_b = _halves(keys + own, j, seen, row_size, HALF)
+    v_a, v_b = _halves(values + own, j, seen, row_size, HALF)
+    _wait(EARLY)
+    c, s = tl.load(turn + row * (2 * HALF) + lane), tl.load(turn + row * (2 * HALF) + HALF + lane)
     qkv += (row * 3 * H + head) * (2 * HALF)
     q_a, q_b = _rotated(qkv, c, s, HALF)
+    new_a, new_b = _rotated(qkv + row_size, c, s, HALF)
+    value_a = tl.load(qkv + 2 * row_size + lane).to(tl.float32)
+    value_b = tl.load(qkv + 2 * row_size + HALF + lane).to(tl.float32)
     scale = 1.4426950408889634 / tl.sqrt(2.0 * HALF)  # scores in units of log2
     q_a, q_b = q_a * scale, q_b * scale
-    row_size = H * (2 * HALF)
-    high_, sum_ = -1e30, 0.0
-    acc_a, acc_b = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-    if part == 0:  # this token: written, and read from registers
-        k_a, k_b = _rotated(qkv + row_size, c, s, HALF)
-        v_a, v_b = (
-            tl.load(qkv + 2 * row_size + lane).to(tl.float32),
-            tl.load(qkv + 2 * row_size + HALF + lane).to(tl.float32),
-        )
+    high_, sum_ = tl.full((TILE,), -1e30, tl.float32), tl.zeros((TILE,), tl.float32)
+    acc_a, acc_b = tl.zeros((TILE, HALF), tl.float32), tl.zeros((TILE, HALF), tl.float32)
+    for _ in range(part * TILE, end, PARTS * TILE):
+        score = tl.sum(k_a.to(tl.float32) * q_a[None, :] + k_b.to(tl.float32) * q_b[None, :], 1)
+        score = tl.where(seen, score, -1e30)
+        higher = tl.maximum(high_, score)
+        weight, shrink = tl.where(seen, tl.exp2(score - higher), 0.0), tl.exp2(high_ - higher)
+        acc_a = acc_a * shrink[:, None] + weight[:, None] * v_a.to(tl.float32)
+        acc_b = acc_b * shrink[:, None] + weight[:, None] * v_b.to(tl.float32)
+        sum_, high_ = sum_ * shrink + weight, higher
+        j += PARTS * TILE
+        seen = _seen(j, column, visible, end, M)
+        k_a, k_b = _halves(keys + own, j, seen, row_size, HALF)
+        v_a, v_b = _halves(values + own, j, seen, row_size, HALF)
+    highest = tl.max(high_, 0)
+    if part == 0:
+        highest = tl.maximum(highest, tl.sum(q_a * new_a + q_b * new_b, 0))
+    share = tl.exp2(high_ - highest)
+    sum_ = tl.sum(sum_ * share, 0)
+    found_a, found_b = tl.sum(acc_a * share[:, None], 0), tl.sum(acc_b * share[:, None], 0)
+    if part == 0:  # this token: read from registers, and written
+        weight_ = tl.exp2(tl.sum(q_a * new_a + q_b * new_b, 0) - highest)
+        sum_, found_a, found_b = sum_ + weight_, found_a + weight_ * value_a, found_b + weight_ * value_b
         for slot in range(n, slots):
             at = ((slot * rows + row).to(tl.int64) * M + column) * row_size + head * (2 * HALF) + lane
-            tl.store(keys + at, k_a.to(keys.dtype.element_ty))
-            tl.store(keys + at + HALF, k_b.to(keys.dtype.element_ty))
-            tl.store(values + at, v_a.to(values.dtype.element_ty))
-            tl.store(values + at + HALF, v_b.to(values.dtype.element_ty))
-        high_, sum_, acc_a, acc_b = tl.sum(q_a * k_a + q_b * k_b, 0), 1.0, v_a, v_b
-    end = tl.minimum(p + 1, M).to(tl.int32)  # behind it nothing has been written
-    for start in range(part * BLOCK, end, PARTS * BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        behind = tl.where(j <= column, column - j, column - j + M)
-        seen = (j < end) & (behind > 0) & (behind <= visible)
-        at = (((n * rows + row).to(tl.int64) * M + j) * row_size + head * (2 * HALF))[:, None] + lane[None, :]
-        k_a = tl.load(keys + at, mask=seen[:, None], other=0.0).to(tl.float32)
-        k_b = tl.load(keys + at + HALF, mask=seen[:, None], other=0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(k_a * q_a[None, :] + k_b * q_b[None, :], 1), -1e30)
-        higher = tl.maximum(high_, tl.max(score, 0))
-        weight = tl.where(seen, tl.exp2(score - higher), 0.0)
-        shrink = tl.exp2(high_ - higher)
-        v_a = tl.load(values + at, mask=seen[:, None], other=0.0).to(tl.float32)
-        v_b = tl.load(values + at + HALF, mask=seen[:, None], other=0.0).to(tl.float32)
-        acc_a = acc_a * shrink + tl.sum(weight[:, None] * v_a, 0)
-        acc_b = acc_b * shrink + tl.sum(weight[:, None] * v_b, 0)
-        sum_ = sum_ * shrink + tl.sum(weight, 0)
-        high_ = higher
+            tl.store(keys + at, new_a.to(keys.dtype.element_ty))
+            tl.store(keys + at + HALF, new_b.to(keys.dtype.element_ty))
+            tl.store(values + at, value_a.to(values.dtype.element_ty))
+            tl.store(values + at + HALF, value_b.to(values.dtype.element_ty))
     index = tl.program_id(0) * PARTS + part
-    tl.store(acc + index * (2 * HALF) + lane, acc_a)
-    tl.store(acc + index * (2 * HALF) + HALF + lane, acc_b)
-    tl.store(high + index, high_)
+    tl.store(acc + index * (2 * HALF) + lane, found_a)
+    tl.store(acc + index * (2 * HALF) + HALF + lane, found_b)
+    tl.store(high + index, highest)
     tl.store(total + index, sum_)
 
 
 @jit
-def _merged(acc, high, total, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr):
-    """What a row's heads found, of the parts that `_attend` leaves."""
-    column = tl.arange(0, BLOCK)
-    inside, place = column < WIDTH, (column // HEAD) * PARTS
-    highest = tl.load(high + place, mask=inside, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        highest = tl.maximum(highest, tl.load(high + place + part, mask=inside, other=0.0))
-    found, sum_ = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        share = tl.exp2(tl.load(high + place + part, mask=inside, other=0.0) - highest)
-        found += share * tl.load(acc + (place + part) * HEAD + column % HEAD, mask=inside, other=0.0)
-        sum_ += share * tl.load(total + place + part, mask=inside, other=1.0)
-    return tl.where(inside, found / sum_, 0.0)
+def _seen(j, column, visible, end, M):
+    behind = tl.where(j <= column, column - j, column - j + M)
+    return (j < end) & (behind > 0) & (behind <= visible)
 
 
 @jit
-def _merge(acc, high, total, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr):
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    first = row * (WIDTH // HEAD) * PARTS
-    found = _merged(acc + first * HEAD, high + first, total + first, WIDTH, BLOCK, HEAD, PARTS)
+def _halves(pointer, j, seen, row_size, HALF: tl.constexpr):
+    """Keys or values (TILE, 2 HALF) of a head, as two."""
+    at = j.to(tl.int64)[:, None] * row_size + tl.arange(0, HALF)[None, :]
+    a = tl.load(pointer + at, mask=seen[:, None], other=0.0, cache_modifier=".cg")
+    return a, tl.load(pointer + at + HALF, mask=seen[:, None], other=0.0, cache_modifier=".cg")
+
+
+@jit
+def _merged(acc, high, total, i, WIDTH: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr):
+    """The i-th chunk of what a row's heads found, of the parts that `_attend` leaves."""
+    head, lane = i * (CHUNK // HEAD) + tl.arange(0, CHUNK // HEAD), tl.arange(0, HEAD)
+    inside = head < WIDTH // HEAD
+    highest = tl.load(high + head * PARTS, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        highest = tl.maximum(highest, tl.load(high + head * PARTS + part, mask=inside, other=0.0))
+    found, sum_ = tl.zeros((CHUNK // HEAD, HEAD), tl.float32), tl.zeros((CHUNK // HEAD,), tl.float32)
+    for part in tl.static_range(PARTS):
+        place = head * PARTS + part
+        share = tl.exp2(tl.load(high + place, mask=inside, other=0.0) - highest)
+        values = tl.load(acc + (place * HEAD)[:, None] + lane[None, :], mask=inside[:, None], other=0.0)
+        found += share[:, None] * values
+        sum_ += share * tl.load(total + place, mask=inside, other=1.0)
+    return tl.reshape(found / sum_[:, None], (CHUNK,))
+
+
+@jit
+def _merge(acc, high, total, y, WIDTH: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr):
+    _wait(EARLY)
+    row, i = tl.program_id(0), tl.program_id(1)
+    first, column = row * (WIDTH // HEAD) * PARTS, i * CHUNK + tl.arange(0, CHUNK)
+    found = _merged(acc + first * HEAD, high + first, total + first, i, WIDTH, HEAD, PARTS)
     tl.store(y + row * WIDTH + column, found.to(y.dtype.element_ty), mask=column < WIDTH)
 
 
 @jit
 def _residual(
-    x, branch, step, gains, z, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, NORM: tl.constexpr
-):
+    x, branch, step, gains, z, y,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """z = x + a gain of the step times what a branch gave; y: its norm and the next gain, if NORM."""
+    _wait(EARLY)
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside, at = column < WIDTH, row * WIDTH
     gains += (4 * tl.load(step + row) + GAIN) * WIDTH
@@ -222,136 +336,151 @@ def _residual(
 @jit
 def _output(
     acc, high, total, x, step, gains, weight, scale, y, rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr,
-    SCALED: tl.constexpr, OWN: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+    SCALED: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row, n = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.load(step)
-    found = _merged(acc, high, total, WIDTH, BLOCK, HEAD, PARTS)
-    weight, scale = _of_step(weight, n, rows, WIDTH, OWN), _of_step(scale, n, rows, 1, OWN)
-    add = _times(weight, scale, row, rows, found, WIDTH, BLOCK, SCALED)
-    gain = tl.load(gains + (4 * n + 1) * WIDTH + row, mask=row < rows, other=0.0)
-    tl.store(y + row, tl.load(x + row, mask=row < rows, other=0.0) + gain * add, mask=row < rows)
+    program, found, read = tl.program_id(0), (), ()
+    tiles = _tiles(_of_step(weight, step, rows, WIDTH, OWN, EARLY), program, rows, WIDTH, GROUPS, WARPS)
+    _wait(EARLY)
+    for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
+        found = found + (_merged(acc, high, total, i, WIDTH, HEAD, PARTS),)
+    for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):  # to where the weights are, once all have been read
+        read = read + (found[i][None, :],)
+    gains, scale = gains + (4 * tl.load(step) + 1) * WIDTH, _of_step(scale, step, rows, 1, OWN, EARLY)
+    for group in tl.static_range(GROUPS):
+        row = _rows(program, group, GROUPS, WARPS)
+        add = tl.load(gains + row, mask=row < rows, other=0.0) * _times(tiles[group], read, scale, row, rows, SCALED)
+        tl.store(y + row, tl.load(x + row, mask=row < rows, other=0.0) + add, mask=row < rows)
 
 
 @jit
 def _gate_up(
     x, step, gains, weight, scale, product, rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, OWN: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, SCALED: tl.constexpr,
+    OWN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """rows: of gate, and as many of up behind them."""
-    row, n = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.load(step)
-    y = _norm(_vector(x, WIDTH, BLOCK), WIDTH) * _vector(gains + (4 * n + 2) * WIDTH, WIDTH, BLOCK)
-    weight, scale = _of_step(weight, n, 2 * rows, WIDTH, OWN), _of_step(scale, n, 2 * rows, 1, OWN)
-    gate = _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED)
-    up = _times(weight + rows.to(tl.int64) * WIDTH, scale + rows, row, rows, y, WIDTH, BLOCK, SCALED)
-    tl.store(product + row, _limited(gate * tl.sigmoid(gate) * up), mask=row < rows)
+    program, y = tl.program_id(0), ()
+    weight = _of_step(weight, step, 2 * rows, WIDTH, OWN, EARLY)
+    gates = _tiles(weight, program, rows, WIDTH, GROUPS, WARPS)
+    ups = _tiles(weight + rows.to(tl.int64) * WIDTH, program, rows, WIDTH, GROUPS, WARPS)
+    _wait(EARLY)
+    gains, scale = gains + (4 * tl.load(step) + 2) * WIDTH, _of_step(scale, step, 2 * rows, 1, OWN, EARLY)
+    by = _scale(_vector(x, WIDTH, BLOCK), WIDTH)
+    for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
+        y = y + (_part(x, i, WIDTH, WARPS) * by * _part(gains, i, WIDTH, WARPS),)
+    for group in tl.static_range(GROUPS):
+        row = _rows(program, group, GROUPS, WARPS)
+        gate = _times(gates[group], y, scale, row, rows, SCALED)
+        up = _times(ups[group], y, scale + rows, row, rows, SCALED)
+        tl.store(product + row, _limited(gate * tl.sigmoid(gate) * up), mask=row < rows)
 
 
 @jit
 def _down(
     product, x, step, gains, weight, scale, h, rows,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr,
-    OWN: tl.constexpr,
+    OWN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row, n = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.load(step)
-    weight, scale = _of_step(weight, n, rows, HIDDEN, OWN), _of_step(scale, n, rows, 1, OWN)
-    total = tl.zeros((TILE, BLOCK), tl.float32)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    weight = _of_step(weight, step, rows, HIDDEN, OWN, EARLY)
+    weight += row.to(tl.int64)[:, None] * HIDDEN + tl.arange(0, BLOCK)[None, :]
+    column, inside, total = tl.arange(0, BLOCK), (row < rows)[:, None], tl.zeros((TILE, BLOCK), tl.float32)
+    tile = tl.load(weight, mask=inside & (column < HIDDEN)[None, :], other=0.0)
+    _wait(EARLY)
     for start in range(0, HIDDEN, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
-        tile = tl.load(weight + row.to(tl.int64)[:, None] * HIDDEN + column[None, :], mask=inside, other=0.0)
-        total += tile.to(tl.float32) * tl.load(product + column, mask=column < HIDDEN, other=0.0)[None, :]
-    add = tl.sum(total, 1)
+        following = start + BLOCK + column < HIDDEN
+        ahead = tl.load(weight + start + BLOCK, mask=inside & following[None, :], other=0.0)
+        part = tl.load(product + start + column, mask=start + column < HIDDEN, other=0.0)
+        total += tile.to(tl.float32) * part[None, :]
+        tile = ahead
+    n, add = tl.load(step), tl.sum(total, 1)
     if SCALED:
-        add *= tl.load(scale + row, mask=row < rows, other=0.0)
+        add *= tl.load(_of_step(scale, step, rows, 1, OWN, EARLY) + row, mask=row < rows, other=0.0)
     gain = tl.load(gains + (4 * n + 3) * WIDTH + row, mask=row < rows, other=0.0)
     tl.store(h + row, tl.load(x + row, mask=row < rows, other=0.0) + gain * add, mask=row < rows)
 
 
 @jit
-def _halt(
-    h, out, remainder, step, halted, left, head, bias, y, steps, threshold,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr, NORM: tl.constexpr,
+def _halting(
+    row, h, out, remainder, step, left, head, bias, steps, threshold,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr,
 ):  # fmt: skip
-    """As `Engine.halt`. y: what the head reads, if NORM."""
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    inside, at = column < WIDTH, row * WIDTH
-    state, rest, n = _vector(h + at, WIDTH, BLOCK), tl.load(remainder + row), tl.load(step + row)
-    p = 0.0
+    """As `Engine.halt`: the weight of this step, what remains, and whether a text's token ends here."""
+    rest, n, p = tl.load(remainder + row), tl.load(step + row), 0.0
     if ACT:
+        state = _vector(h + row * WIDTH, WIDTH, BLOCK)
         logit = tl.sum(_norm(state, WIDTH) * _vector(head, WIDTH, BLOCK), 0) + tl.load(bias)
         p = 1 / (1 + tl.exp(-logit))
     stops = n + 1 >= steps
     if ADAPTIVE:
         stops = stops | (1 - rest + p >= tl.load(threshold))
     weight = tl.where(stops, rest, tl.minimum(p, rest))
-    result = _vector(out + at, WIDTH, BLOCK) + weight * state
-    tl.store(out + at + column, result, mask=inside)
-    if NORM:
-        tl.store(y + at + column, _norm(result, WIDTH).to(y.dtype.element_ty), mask=inside)
-    tl.debug_barrier()  # all warps have read what is written now
-    tl.store(remainder + row, rest - weight)
-    tl.store(step + row, n + 1)
-    tl.store(halted + row, tl.where(stops & (tl.load(left + row) > 0), 1, 0))
+    return weight, rest - weight, stops & (tl.load(left + row) > 0)
 
 
 @jit
-def _best(logit, token, tokens, padding, seed, temperature, best, which, RANDOM: tl.constexpr):
-    """Leave the largest of some logits and which `token` it is of, also where all are NaN: it is read as an index."""
+def _halt(
+    h, out, remainder, step, left, head, bias, steps, threshold, halted, y,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """y: what the head reads."""
+    _wait(EARLY)
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, at, n = column < WIDTH, row * WIDTH, tl.load(step + row)
+    weight, remains, halts = _halting(
+        row, h, out, remainder, step, left, head, bias, steps, threshold, WIDTH, BLOCK, ACT, ADAPTIVE
+    )
+    made = _vector(out + at, WIDTH, BLOCK) + weight * _vector(h + at, WIDTH, BLOCK)
+    tl.store(out + at + column, made, mask=inside)
+    tl.store(y + at + column, _norm(made, WIDTH).to(y.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # all warps have read what is written now
+    tl.store(remainder + row, remains)
+    tl.store(step + row, n + 1)
+    tl.store(halted + row, halts.to(tl.int64))
+
+
+@jit
+def _best(logit, token, tokens, padding, random, temperature, RANDOM: tl.constexpr):
+    """The largest of some logits, and which `token` it is of, also where all are NaN: it is read as an index."""
     inside = (token < tokens) & (logit == logit)
     logit = tl.where(inside, logit + tl.load(padding + token, mask=inside, other=0.0), float("-inf"))
     if RANDOM:  # the largest of logits and Gumbel noise is a draw from their softmax
-        logit = logit / tl.load(temperature) - tl.log(-tl.log(tl.maximum(tl.rand(seed, token), 1e-20)))
-    tl.store(best, tl.max(logit, 0))
-    tl.store(which, tl.min(token, 0) + tl.argmax(logit, 0))
-
-
-@jit
-def _head(
-    out, halted, position, seed, weight, scale, padding, best, which, rows, temperature,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, RANDOM: tl.constexpr,
-):  # fmt: skip
-    """A program goes over every so many tiles: where nothing halts, few have to start."""
-    if tl.load(halted) == 0:
-        return
-    y = _norm(_vector(out, WIDTH, BLOCK), WIDTH)
-    for tile in range(tl.program_id(0), (rows + TILE - 1) // TILE, tl.num_programs(0)):
-        row = tile * TILE + tl.arange(0, TILE)
-        logit = _times(weight, scale, row, rows, y, WIDTH, BLOCK, SCALED)
-        random = tl.load(seed) + tl.load(position)
-        _best(logit, row, rows, padding, random, temperature, best + tile, which + tile, RANDOM)
+        logit = logit / tl.load(temperature) - tl.log(-tl.log(tl.maximum(tl.rand(random, token), 1e-20)))
+    return tl.max(logit, 0), tl.min(token, 0) + tl.argmax(logit, 0)
 
 
 @jit
 def _pick(
     logits, halted, position, seed, padding, best, which, rows, columns, temperature,
-    TILE: tl.constexpr, RANDOM: tl.constexpr,
+    TILE: tl.constexpr, RANDOM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """What `_head` leaves, of logits (R, columns) of which `rows` are in use."""
+    """The best of every tile of logits (R, columns), of which `rows` are in use."""
+    _wait(EARLY)
     row, tile = tl.program_id(0), tl.program_id(1)
     if tl.load(halted + row) == 0:
         return
     column, index = tile * TILE + tl.arange(0, TILE), row * tl.num_programs(1) + tile
     logit = tl.load(logits + row.to(tl.int64) * columns + column, mask=column < rows, other=0.0).to(tl.float32)
     random = tl.load(seed + row) + tl.load(position + row)
-    _best(logit, column, rows, padding, random, temperature, best + index, which + index, RANDOM)
+    highest, token = _best(logit, column, rows, padding, random, temperature, RANDOM)
+    tl.store(best + index, highest)
+    tl.store(which + index, token)
 
 
 @jit
-def _next(
-    halted, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens, depths, embedding,
-    tiles, steps, longest, length, END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
+def _accept(
+    row, halts, n, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens, depths,
+    embedding, many, longest, length,
+    END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """As `Engine.accept` and `begin`."""
-    row = tl.program_id(0)
-    halts, n = tl.load(halted + row), tl.load(step + row)
-    if (halts == 0) & (n < steps):
-        return
+    """As `Engine.accept` and `begin`, of a token that has taken n steps. best, which: `many` of every row."""
     drawn = tl.load(token + row)
-    if halts != 0:
+    if halts:
         index = tl.arange(0, MANY)
-        winner = tl.argmax(tl.load(best + row * tiles + index, mask=index < tiles, other=float("-inf")), 0)
-        drawn = tl.load(which + row * tiles + winner).to(tl.int64)
+        value = tl.load(best + row * many + index, mask=index < many, other=float("-inf"))
+        of = tl.load(which + row * many + index, mask=index < many, other=2147483647)
+        drawn = tl.min(tl.where(value == tl.max(value, 0), of, 2147483647), 0).to(tl.int64)  # the first of equals
         count, p = tl.load(written + row), tl.load(position + row) + 1
         place = row * longest + tl.minimum(count, longest - 1)
         tl.store(tokens + place, drawn)
@@ -370,27 +499,94 @@ def _next(
     tl.store(step + row, tl.zeros((), tl.int64))
 
 
+@jit
+def _next(
+    halted, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens, depths, embedding,
+    many, longest, length, steps,
+    END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    _wait(EARLY)
+    row = tl.program_id(0)
+    halts, n = tl.load(halted + row) != 0, tl.load(step + row)
+    if halts | (n >= steps):
+        _accept(
+            row, halts, n, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens,
+            depths, embedding, many, longest, length, END, WIDTH, BLOCK, MANY,
+        )  # fmt: skip
+
+
+@jit
+def _head(
+    h, before, rest, steps_before, left, head, bias, steps, threshold, seed, arrived, padding, temperature,
+    weight, scale, rows, halted, best, which, token, position, first, step, e, out, remainder, written, tokens, depths,
+    embedding, many, longest, length,
+    END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, GROUPS: tl.constexpr,
+    WARPS: tl.constexpr, SCALED: tl.constexpr, RANDOM: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """The end of a tick of one row. All programs decide whether its token halts; one goes on if not. Else a program
+    goes over every so many tiles of logits, and the last one that arrives accepts the best."""
+    _wait(EARLY)
+    program, n = tl.program_id(0), tl.load(steps_before) + 1
+    share, remains, halts = _halting(
+        0, h, before, rest, steps_before, left, head, bias, steps, threshold, WIDTH, BLOCK, ACT, ADAPTIVE
+    )
+    if program == 0:
+        tl.store(halted, halts.to(tl.int64))
+    if halts | (n >= steps):
+        if halts:
+            by, y = _scale(_vector(before, WIDTH, BLOCK) + share * _vector(h, WIDTH, BLOCK), WIDTH), ()
+            for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
+                y = y + ((_part(before, i, WIDTH, WARPS) + share * _part(h, i, WIDTH, WARPS)) * by,)
+            random, highest, chosen = tl.load(seed) + tl.load(position), float("-inf"), 2147483647
+            for i in range(program, tl.cdiv(rows, GROUPS * WARPS), tl.num_programs(0)):
+                tiles = _tiles(weight, i, rows, WIDTH, GROUPS, WARPS)
+                for group in tl.static_range(GROUPS):
+                    row = _rows(i, group, GROUPS, WARPS)
+                    logit = _times(tiles[group], y, scale, row, rows, SCALED)
+                    logit, id_ = _best(logit, row, rows, padding, random, temperature, RANDOM)
+                    better = (logit > highest) | (chosen == 2147483647)
+                    highest, chosen = tl.where(better, logit, highest), tl.where(better, id_, chosen)
+            tl.store(best + program, highest)
+            tl.store(which + program, chosen)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1) == tl.num_programs(0) - 1:
+            tl.store(arrived, 0)
+            _accept(
+                0, halts, n, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens,
+                depths, embedding, many, longest, length, END, WIDTH, BLOCK, MANY,
+            )  # fmt: skip
+    elif program == 0:
+        column = tl.arange(0, BLOCK)
+        made = _vector(before, WIDTH, BLOCK) + share * _vector(h, WIDTH, BLOCK)
+        tl.store(out + column, made, mask=column < WIDTH)
+        tl.store(remainder, remains)
+        tl.store(step, n)
+
+
 def attend(engine, qkv):
     """`Engine.attend` for rows of qkv (R, 3 D), where the rest of a tick is not by kernels."""
-    parts = _parts(engine, len(qkv))
-    _launch_attend(engine, qkv, *parts)
+    parts, angle = _parts(engine), engine.state.position[:, None] * engine.frequency
+    _launch_attend(engine, qkv, torch.cat([angle.cos(), angle.sin()], 1).float(), *parts, EARLY=False)
     acc, high, total = parts
     share = torch.exp2(high - high.amax(-1, keepdim=True))
     return ((acc * share[..., None]).sum(2) / (total * share).sum(-1)[..., None]).flatten(1)
 
 
-def _parts(engine, rows):
-    c = engine.model.config
-    empty = lambda *shape: torch.empty(rows, c.heads, SPLITS, *shape, device=engine.keys.device)  # noqa: E731
+def _parts(engine):
+    """acc, high, total of `_attend`: the keys are shared where there are few heads and rows."""
+    c, rows = engine.model.config, engine.rows
+    splits = max(1, min(SPLITS, 256 // (rows * c.heads)))
+    empty = lambda *shape: torch.empty(rows, c.heads, splits, *shape, device=engine.keys.device)  # noqa: E731
     return empty(c.width // c.heads), empty(), empty()
 
 
-def _launch_attend(engine, qkv, acc, high, total):
-    s, c = engine.state, engine.model.config
-    _attend[(engine.rows * c.heads, SPLITS)](
-        qkv, engine.keys, engine.values, s.step, s.position, s.first, engine.frequency, acc, high, total,
-        engine.rows, c.heads, engine.columns, engine.slots, HALF=c.width // c.heads // 2, BLOCK=KEYS, PARTS=SPLITS,
-        num_warps=4,
+def _launch_attend(engine, qkv, turn, acc, high, total, **options):
+    s, c, (tile, warps) = engine.state, engine.model.config, TILES["attend"]
+    splits = high.shape[-1]
+    _attend[(engine.rows * c.heads, splits)](
+        qkv, turn, engine.keys, engine.values, s.step, s.position, s.first, acc, high, total, engine.rows, c.heads,
+        engine.columns, engine.slots, HALF=c.width // c.heads // 2, TILE=tile, PARTS=splits, num_warps=warps, **options,
     )  # fmt: skip
 
 
@@ -403,87 +599,99 @@ class Tick:
         vector = lambda size, dtype=torch.float32: torch.zeros(R, size, dtype=dtype, device=device)  # noqa: E731
         self.x, self.y, self.qkv, self.product = map(vector, (c.width, c.width, 3 * c.width, c.hidden))
         self.low = vector(c.width, engine.model.compute_dtype)  # what the next product of matrices reads
-        self.parts = [x.zero_() for x in _parts(engine, R)]
-        self.tiles = -(-c.vocab_size // TILES["head" if R == 1 else "pick"][0])
-        self.best, self.which = vector(self.tiles), vector(self.tiles, torch.int32)
+        self.parts = [x.zero_() for x in _parts(engine)]
+        self.tiling = FP8_TILES if engine.weights.head[1] is not None else TILES
+        rows, warps = self.tiling["head"]
+        tiles = triton.cdiv(c.vocab_size, rows * warps if R == 1 else TILES["pick"][0])
+        self.many = min(tiles, PROGRAMS) if R == 1 else tiles
+        self.best, self.which = vector(self.many), vector(self.many, torch.int32)
+        self.before = vector(c.width), vector(1), vector(1, torch.int64)  # out, remainder and step before a tick
+        self.arrived = torch.zeros(1, dtype=torch.int32, device=device)
         self.threshold = torch.full((1,), 1 - c.halting_eps, device=device)
-        self.size = dict(WIDTH=c.width, BLOCK=triton.next_power_of_2(c.width))
-        self.merging = dict(HEAD=c.width // c.heads, PARTS=SPLITS)
+        self.width, self.size = dict(WIDTH=c.width), dict(WIDTH=c.width, BLOCK=triton.next_power_of_2(c.width))
+        half = c.width // c.heads // 2
+        self.turn, self.rotation = vector(2 * half), dict(HALF=half)
+        self.merging = dict(HEAD=c.width // c.heads, PARTS=self.parts[1].shape[-1])
+        early = launches_early(device)
+        self.options = dict(EARLY=early) | (dict(launch_pdl=True) if early else {})
+        self.rule = dict(ACT=c.halting == "act", ADAPTIVE=engine.adaptive)
+        self.accepting = dict(END=c.document_start, MANY=triton.next_power_of_2(self.many))
 
     def run(self):
-        if self.engine.rows == 1:
-            self.one()
-        else:
-            self.many()
+        (self.one if self.engine.rows == 1 else self.several)()
 
     def one(self):
-        engine, s, w, size = self.engine, self.engine.state, self.engine.weights, self.size
+        engine, s, width, size = self.engine, self.engine.state, self.width, self.size
         model, c = engine.model, engine.model.config
         D, F = c.width, c.hidden
         own, inject, gains = dict(OWN=not c.share), engine.inject, engine.gains
 
-        def launch(kernel, name, rows, *arguments, **constants):
-            matrix, scale = getattr(w, name)
-            scaled, (before, after), (tile, warps) = scale is not None, arguments, TILES[name]
-            kernel[(triton.cdiv(rows, tile),)](
-                *before, matrix, scale if scaled else matrix, *after, rows, **size, **constants, TILE=tile,
-                SCALED=scaled, num_warps=warps,
+        def launch(kernel, name, programs, before, after, **constants):
+            (matrix, scale), scaled = getattr(engine.weights, name), getattr(engine.weights, name)[1] is not None
+            kernel[(programs,)](
+                *before, matrix, scale if scaled else matrix, *after, **constants, SCALED=scaled,
+                num_warps=self.tiling[name][1], **self.options,
             )  # fmt: skip
 
-        launch(_qkv, "qkv", 3 * D, (s.h, s.e, s.step, inject, gains), (self.qkv, self.x), **own)
-        _launch_attend(engine, self.qkv, *self.parts)
-        launch(_output, "output", D, (*self.parts, self.x, s.step, gains), (self.y,), **own, **self.merging)
-        launch(_gate_up, "gate_up", F, (self.y, s.step, gains), (self.product,), **own)
-        self._down(own)
-        self._halt(False)
-        matrix, scale = w.head
-        _head[(min(self.tiles, PROGRAMS),)](
-            s.out, s.halted, s.position, engine.seed, matrix, matrix if scale is None else scale, model.padding,
-            self.best, self.which, c.vocab_size, engine.temperature, **size, TILE=TILES["head"][0],
-            SCALED=scale is not None, RANDOM=engine.sampling[0] > 0, num_warps=TILES["head"][1],
-        )  # fmt: skip
-        self._next()
+        def groups(name, rows):
+            groups, warps = self.tiling[name]
+            return triton.cdiv(rows, groups * warps), dict(GROUPS=groups, WARPS=warps)
 
-    def many(self):
-        engine, s, size, rows = self.engine, self.engine.state, self.size, (self.engine.rows,)
+        after = self.qkv, self.x, s.out, s.remainder, *self.before, 3 * D
+        before = s.h, s.e, s.step, inject, gains, s.position, engine.frequency, self.turn
+        programs, tiles = groups("qkv", 3 * D)
+        launch(_qkv, "qkv", programs + 1, before, after, **size, **self.rotation, **tiles, **own)
+        _launch_attend(engine, self.qkv, self.turn, *self.parts, **self.options)
+        programs, tiles = groups("output", D)
+        before = *self.parts, self.x, s.step, gains
+        launch(_output, "output", programs, before, (self.y, D), **width, **self.merging, **tiles, **own)
+        programs, tiles = groups("gate_up", F)
+        launch(_gate_up, "gate_up", programs, (self.y, s.step, gains), (self.product, F), **size, **tiles, **own)
+        tiles = dict(HIDDEN=F, BLOCK=min(2048, triton.next_power_of_2(F)), TILE=self.tiling["down"][0])
+        before, programs = (self.product, self.y, s.step, gains), triton.cdiv(D, tiles["TILE"])
+        launch(_down, "down", programs, before, (s.h, D), **width, **tiles, **own)
+        before = (
+            s.h, *self.before, s.left, *self._halting_head(), engine.steps, self.threshold, engine.seed, self.arrived,
+            model.padding, engine.temperature,
+        )  # fmt: skip
+        after = (
+            c.vocab_size, s.halted, self.best, self.which, s.token, s.position, s.first, s.step, s.e, s.out,
+            s.remainder, s.written, s.tokens, s.depths, *self._texts(),
+        )  # fmt: skip
+        tiles = groups("head", c.vocab_size)[1] | dict(RANDOM=engine.sampling[0] > 0)
+        launch(_head, "head", self.many, before, after, **size, **self.rule, **self.accepting, **tiles)
+
+    def several(self):
+        engine, s, size, options, rows = self.engine, self.engine.state, self.size, self.options, (self.engine.rows,)
         c, gains, low = engine.model.config, engine.gains, self.low
-        _enter[rows](s.h, s.e, s.step, engine.inject, gains, self.x, low, **size)
-        _launch_attend(engine, engine.multiply(low, "qkv"), *self.parts)
-        _merge[rows](*self.parts, low, **size, **self.merging)
+        _enter[rows](
+            s.h, s.e, s.step, engine.inject, gains, s.position, engine.frequency, self.turn, self.x, low,
+            **size, **self.rotation, **options,
+        )  # fmt: skip
+        _launch_attend(engine, engine.multiply(low, "qkv"), self.turn, *self.parts, **options)
+        _merge[(*rows, triton.cdiv(c.width, CHUNK.value))](*self.parts, low, **self.width, **self.merging, **options)
         branch = engine.multiply(low, "output")
-        _residual[rows](self.x, branch, s.step, gains, self.x, low, **size, GAIN=1, NORM=True)
+        _residual[rows](self.x, branch, s.step, gains, self.x, low, **size, GAIN=1, NORM=True, **options)
         branch = engine.multiply(swiglu_rounded(engine.multiply(low, "gate_up")), "down")
-        _residual[rows](self.x, branch, s.step, gains, s.h, low, **size, GAIN=3, NORM=False)
-        self._halt(True)
+        _residual[rows](self.x, branch, s.step, gains, s.h, low, **size, GAIN=3, NORM=False, **options)
+        _halt[rows](
+            s.h, s.out, s.remainder, s.step, s.left, *self._halting_head(), engine.steps, self.threshold, s.halted, low,
+            **size, **self.rule, **options,
+        )  # fmt: skip
         logits, (tile, warps) = engine.multiply(low, "head"), TILES["pick"]
-        _pick[(*rows, self.tiles)](
+        _pick[(*rows, self.many)](
             logits, s.halted, s.position, engine.seed, engine.model.padding, self.best, self.which, c.vocab_size,
-            logits.shape[1], engine.temperature, TILE=tile, RANDOM=engine.sampling[0] > 0, num_warps=warps,
+            logits.shape[1], engine.temperature, TILE=tile, RANDOM=engine.sampling[0] > 0, num_warps=warps, **options,
         )  # fmt: skip
-        self._next()
-
-    def _down(self, own):
-        engine, s = self.engine, self.engine.state
-        c, (matrix, scale), (tile, warps) = engine.model.config, engine.weights.down, TILES["down"]
-        _down[(triton.cdiv(c.width, tile),)](
-            self.product, self.y, s.step, engine.gains, matrix, matrix if scale is None else scale, s.h, c.width,
-            WIDTH=c.width, HIDDEN=c.hidden, BLOCK=min(2048, triton.next_power_of_2(c.hidden)), TILE=tile,
-            SCALED=scale is not None, num_warps=warps, **own,
-        )  # fmt: skip
-
-    def _halt(self, normed):
-        engine, s, halting = self.engine, self.engine.state, self.engine.model.halting
-        head = (halting.weight, halting.bias) if halting is not None else (s.h, s.remainder)
-        _halt[(engine.rows,)](
-            s.h, s.out, s.remainder, s.step, s.halted, s.left, *head, self.low, engine.steps, self.threshold,
-            **self.size, ACT=engine.model.config.halting == "act", ADAPTIVE=engine.adaptive, NORM=normed, num_warps=4,
-        )  # fmt: skip
-
-    def _next(self):
-        engine, s = self.engine, self.engine.state
-        _next[(engine.rows,)](
+        _next[rows](
             s.halted, self.best, self.which, s.token, s.position, s.first, s.step, s.h, s.e, s.out, s.remainder, s.left,
-            s.written, s.tokens, s.depths, engine.model.embedding.weight, self.tiles, engine.steps, s.tokens.shape[1],
-            engine.length, END=engine.model.config.document_start, **self.size,
-            MANY=triton.next_power_of_2(self.tiles), num_warps=4,
+            s.written, s.tokens, s.depths, *self._texts(), engine.steps, **size, **self.accepting, **options,
         )  # fmt: skip
+
+    def _halting_head(self):
+        halting, s = self.engine.model.halting, self.engine.state
+        return (halting.weight, halting.bias) if halting is not None else (s.h, s.remainder)  # not read
+
+    def _texts(self):
+        engine = self.engine
+        return engine.model.embedding.weight, self.many, engine.state.tokens.shape[1], engine.length

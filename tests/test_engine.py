@@ -23,10 +23,12 @@ pytestmark = pytest.mark.filterwarnings("error:decoding on")  # without kernels 
 def few_launches(monkeypatch):
     monkeypatch.setattr(engine, "AHEAD", 3)
     if INTERPRETED:  # programs take turns there, at a cost each: a few of every kernel, the last one of the head ragged
-        tiles = dict.fromkeys(engine_kernels.TILES, (32, 4)) | {"head": (128, 4)}
+        tiles = dict.fromkeys(engine_kernels.TILES, (2, 16)) | {"head": (2, 64), "down": (32, 4), "pick": (32, 4)}
+        tiles["attend"] = (16, 4)  # of 65 keys: programs read two or three times
         monkeypatch.setattr(engine_kernels, "TILES", tiles)
+        monkeypatch.setattr(engine_kernels, "FP8_TILES", tiles)
         monkeypatch.setattr(engine_kernels, "SPLITS", 2)
-        monkeypatch.setattr(engine_kernels, "KEYS", 16)  # of 65: programs read two or three times
+        monkeypatch.setattr(engine_kernels, "PROGRAMS", 2)  # of three tiles
 
 
 def one_by_one(model, prompts, limits, **options):
@@ -134,7 +136,7 @@ def test_a_conversation_goes_on_where_the_engine_ended(tiny, monkeypatch):
 @pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
 @pytest.mark.parametrize(
     "rows, kernel",
-    [(1, "_down"), (1, "_halt"), (1, "_head"), (2, "_attend"), (2, "_residual"), (2, "_pick"), (2, "_next")],
+    [(1, "_down"), (1, "_head"), (2, "_halt"), (2, "_attend"), (2, "_residual"), (2, "_pick"), (2, "_next")],
 )
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
 def test_kernels_that_fail_are_left_out(tiny, monkeypatch, rows, kernel, fault):
@@ -234,23 +236,27 @@ def test_kernels_compile(capability, weight):
     from triton.compiler import ASTSource
 
     f, low, i, whole, numbers = "*fp32", "*bf16", "*i64", "i32", ["i32"] * 4
-    size, own = dict(WIDTH=1280, BLOCK=2048), dict(TILE=8, SCALED=weight != "*bf16", OWN=False)
+    early, scaled = dict(EARLY=capability >= 90), dict(SCALED=weight != "*bf16")
+    width, size, own = dict(WIDTH=1280), dict(WIDTH=1280, BLOCK=2048), dict(GROUPS=2, WARPS=4, OWN=False) | scaled
+    act, end, half = dict(ACT=True, ADAPTIVE=True), dict(END=50256, MANY=1024), dict(HALF=32)
+    before, texts = [f, f, f, i, i, f, f, whole, f], [f, whole, whole, whole]
     for kernel, types, constants in (
-        ("_qkv", [f, f, i, f, f, weight, f, f, f, whole], size | own),
-        ("_attend", [f, low, low, i, i, i, "*fp64", f, f, f, *numbers], dict(HALF=32, BLOCK=64, PARTS=4)),
-        ("_output", [f, f, f, f, i, f, weight, f, f, whole], size | own | dict(HEAD=64, PARTS=4)),
+        ("_qkv", [f, f, i, f, f, i, "*fp64", f, weight, f, f, f, f, f, f, f, i, whole], size | half | own),
+        ("_attend", [f, f, low, low, i, i, i, f, f, f, *numbers], half | dict( TILE=128, PARTS=6)),
+        ("_output", [f, f, f, f, i, f, weight, f, f, whole], width | own | dict(HEAD=64, PARTS=6)),
         ("_gate_up", [f, i, f, weight, f, f, whole], size | own),
-        ("_down", [f, f, i, f, weight, f, f, whole], own | dict(WIDTH=1280, HIDDEN=10240, BLOCK=2048)),
-        ("_halt", [f, f, f, i, i, i, f, f, low, whole, f], size | dict(ACT=True, ADAPTIVE=True, NORM=True)),
-        ("_enter", [f, f, i, f, f, f, low], size),
-        ("_merge", [f, f, f, low], size | dict(HEAD=64, PARTS=4)),
+        ("_down", [f, f, i, f, weight, f, f, whole],
+         width | scaled | dict(TILE=2, OWN=False, HIDDEN=10240, BLOCK=2048)),
+        ("_halt", [*before, i, low], size | act),
+        ("_enter", [f, f, i, f, f, i, "*fp64", f, f, low], size | half),
+        ("_merge", [f, f, f, low], width | dict(HEAD=64, PARTS=1)),
         ("_residual", [f, low, i, f, f, low], size | dict(GAIN=1, NORM=True)),
         ("_pick", [low, i, i, i, f, f, "*i32", whole, whole, f], dict(TILE=2048, RANDOM=True)),
-        ("_head", [f, i, i, i, weight, f, f, f, "*i32", whole, f],
-         size | dict(TILE=16, SCALED=weight != "*bf16", RANDOM=True)),
-        ("_next", [i, f, "*i32", i, i, i, i, f, f, f, f, i, i, i, i, f, *numbers], size | dict(END=50256, MANY=4096)),
+        ("_head", [*before, i, "*i32", f, f, weight, f, whole, i, f, "*i32", *[i] * 4, f, f, f, i, i, i, *texts],
+         size | scaled | act | end | dict(GROUPS=2, WARPS=4, RANDOM=True)),
+        ("_next", [i, f, "*i32", i, i, i, i, f, f, f, f, i, i, i, i, *texts, whole], size | end),
     ):  # fmt: skip
-        kernel = getattr(engine_kernels, kernel)
+        kernel, constants = getattr(engine_kernels, kernel), constants | early
         assert len(types) + len(constants) == len(kernel.arg_names)
         types = dict(zip(kernel.arg_names, types + ["constexpr"] * len(constants)))
         assert triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32)).asm[
