@@ -5,7 +5,7 @@
     python compare.py runs/yardstick/* --markdown table.md --domains
 
 In the figure the best run of every fixed depth is a point of the line to beat, and every other run a point of its own;
-the forced depths that it was evaluated at (`eval.depths`) are a thin line: depth as a dial.
+the forced depths that it was evaluated at (`eval.depths`) are a thin line, depth as a dial, and may leave the frame.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def draw(runs, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    _, axis = pyplot.subplots(figsize=(7, 4.5))
+    _, axis = pyplot.subplots(figsize=(9, 4.5))
     place = lambda macro: (macro["depth"], np.exp(macro["nats"]))  # noqa: E731
     line = line_to_beat(runs)
     if line:
@@ -82,13 +82,15 @@ def draw(runs, file):
         axis.plot(*zip(*points), "ko-", label="fixed depth, the best run of each")
     for i, run in enumerate(run for run in runs if run not in line):
         x, y = place(run["validation"]["macro"])
-        axis.plot([x], [y], "o", color=f"C{i % 10}", label=run["name"])
+        axis.plot([x], [y], "osD^"[i // 10 % 4], color=f"C{i % 10}", label=run["name"])
         if forced := sorted(place(macro) for macro in run["validation"].get("forced", {}).values()):
             axis.plot(*zip(*forced), "-", color=f"C{i % 10}", linewidth=0.6)
     axis.set(xlabel="mean depth (steps a token)", ylabel="perplexity, mean over domains", yscale="log")
     axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
     axis.yaxis.set_minor_formatter(ticker.ScalarFormatter())
-    axis.legend(fontsize="small")
+    heights = [place(run["validation"]["macro"])[1] for run in runs]
+    axis.set_ylim(min(heights) * 0.97, max(heights) * 1.1)  # forced depths may be far beyond any run's own
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     pyplot.tight_layout()
     pyplot.savefig(file, dpi=150)
     pyplot.close()
