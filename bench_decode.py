@@ -202,7 +202,7 @@ class Bench:
     def check(self, copy):
         """Greedy tokens of the engine against decoding.py, in float32: they must be the same."""
         torch.manual_seed(0)
-        c = replace(self.c, width=256, heads=4, hidden=512)
+        c = replace(self.c, width=320, heads=5, hidden=2560)
         with torch.device(self.device):
             model = RecurrentTransformer(c, torch.float32).eval()
             for parameter in model.parameters():
@@ -223,7 +223,8 @@ class Bench:
         found, R, N = {}, self.args.rows, self.c.max_depth
         for name, rows, depth in (("a tick", 1, N), ("a tick that halts", 1, 1), (f"a tick of {R} rows", R, N)):
             machine = self.engine(rows, self.model(), depth=depth)
-            machine.kernels.options = dict(EARLY=False)
+            if machine.kernels:
+                machine.kernels.early = False
             for row in range(rows):
                 machine.join(row, self.text(self.args.context).tolist(), machine.state.tokens.shape[1])
             machine.tick()

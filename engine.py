@@ -361,10 +361,20 @@ class Engine:
         with torch.cuda.stream(stream):
             self.try_tick()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        try:
+            self.graph = self.captured()
+        except Exception:  # of a driver that knows early launches, but not in graphs
+            if self.kernels is None or not self.kernels.early:
+                raise
+            self.kernels.early = False
+            self.graph = self.captured()
+
+    def captured(self):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             for _ in range(AHEAD):
                 self.tick()
+        return graph
 
     def run(self, prompts, limits, together=False, until=None):
         """A `Continuation` of each prompt by at most limits[i] tokens. Rows that end are given the next prompt, at the

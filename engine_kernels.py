@@ -1,6 +1,6 @@
 """A tick (engine.py) in Triton kernels.
 
-Of one row it is six of them, each bound by the weights that it reads:
+Of one row it is six of them, all but attention bound by the weights that they read:
 
     _qkv        injection, norm, gain -> query, key, value     _gate_up    norm, gain -> SwiGLU product
     _attend     norm, rotation, cache write, attention         _down       SwiGLU product -> state
@@ -12,8 +12,8 @@ Where the GPU can (`launches_early`), a kernel starts beside the one before it, 
 
 Of several rows a library's matrix products read the weights, and what lies between two of them is one kernel with a
 program for every row: `_enter`, `_attend` and `_merge`, `_residual`, SwiGLU (kernels.py), `_residual`, `_halt`, and
-`_pick` and `_next` behind the head. Logits and tokens are left out where the token has not halted, so the host is never
-asked.
+`_pick` and `_next` behind the head. Where the token has not halted, nothing is drawn (of one row there are no logits,
+either), so the host is never asked.
 """
 
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ if triton:
     from kernels import _limited
 
 EPSILON = tl.constexpr(1.1920929e-07) if triton else None  # of F.rms_norm: that of float32
-CHUNK = tl.constexpr(256) if triton else None  # columns of a matrix that a warp reads of a row at once, 16 bytes a lane
+CHUNK = tl.constexpr(256) if triton else None  # columns that a warp reads of a row at once, in bf16 16 bytes a lane
 # Of the kernels of one row, each with its number of warps: rows of the matrix that a warp has, one after the other (and
 # `down`: that a program has), keys that a program reads at once. Of several: logits. FP8 weights take half the room.
 TILES = {"qkv": (4, 4), "attend": (64, 4), "output": (1, 8), "gate_up": (2, 4), "down": (2, 4), "head": (1, 8),
@@ -42,6 +42,7 @@ TILES = {"qkv": (4, 4), "attend": (64, 4), "output": (1, 8), "gate_up": (2, 4), 
 FP8_TILES = TILES | {"output": (2, 4), "down": (4, 4), "head": (2, 8)}
 PROGRAMS = 264  # of the head
 SPLITS = 4  # the most programs that share the keys of a head
+WIDE = 2048  # columns that `down` reads at once
 
 
 def available(model):
@@ -62,6 +63,15 @@ def _wait(EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def _settled(EARLY: tl.constexpr):
+    """The other way round, in the first kernel of a tick: the one that follows, `_attend` or a product with it behind,
+    starts when all that the last tick wrote is there."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit
@@ -153,7 +163,7 @@ def _enter(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x: with the injection; y: its norm and gain, what the projection to query, key and value reads."""
-    _wait(EARLY)
+    _settled(EARLY)
     _turn(position, frequency, turn, tl.program_id(0), HALF)
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     n, at = tl.load(step + row), row * WIDTH
@@ -175,9 +185,7 @@ def _qkv(
     state before this tick."""
     program = tl.program_id(0)
     tiles = _tiles(_of_step(weight, step, rows, WIDTH, OWN, EARLY), program, rows, WIDTH, GROUPS, WARPS)
-    if EARLY:  # the other way round than in `_wait`: `_attend` reads the state early
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    _settled(EARLY)
     n = tl.load(step)
     a, b, gains = tl.load(inject + 2 * n), tl.load(inject + 2 * n + 1), gains + 4 * n * WIDTH
     a *= _scale(_vector(h, WIDTH, BLOCK), WIDTH)
@@ -217,7 +225,7 @@ def _attend(
     """One head of one row, over a PARTS-th of the keys. acc: (R, H, PARTS, d), high and total (R, H, PARTS). Every key
     of a tile has a softmax of its own, with those of the tiles that follow, until the end.
 
-    What is read before the wait was settled before the kernel before this began; the L1 cache need not know it yet."""
+    What is read before the wait, keys too, is of earlier ticks (`_settled`); the L1 cache need not know it yet."""
     row, head, part = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     lane, row_size = tl.arange(0, HALF), H * (2 * HALF)
     p = tl.load(position + row, cache_modifier=".cg")
@@ -327,6 +335,7 @@ def _residual(
     inside, at = column < WIDTH, row * WIDTH
     gains += (4 * tl.load(step + row) + GAIN) * WIDTH
     u = _vector(x + at, WIDTH, BLOCK) + _vector(gains, WIDTH, BLOCK) * _vector(branch + at, WIDTH, BLOCK)
+    tl.debug_barrier()  # all warps have read what is written now: z may be x
     tl.store(z + at + column, u, mask=inside)
     if NORM:
         normed = _norm(u, WIDTH) * _vector(gains + WIDTH, WIDTH, BLOCK)
@@ -403,7 +412,7 @@ def _down(
 
 @jit
 def _halting(
-    row, h, out, remainder, step, left, head, bias, steps, threshold,
+    row, h, remainder, step, left, head, bias, steps, threshold,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr,
 ):  # fmt: skip
     """As `Engine.halt`: the weight of this step, what remains, and whether a text's token ends here."""
@@ -429,12 +438,12 @@ def _halt(
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside, at, n = column < WIDTH, row * WIDTH, tl.load(step + row)
     weight, remains, halts = _halting(
-        row, h, out, remainder, step, left, head, bias, steps, threshold, WIDTH, BLOCK, ACT, ADAPTIVE
+        row, h, remainder, step, left, head, bias, steps, threshold, WIDTH, BLOCK, ACT, ADAPTIVE
     )
     made = _vector(out + at, WIDTH, BLOCK) + weight * _vector(h + at, WIDTH, BLOCK)
+    tl.debug_barrier()  # all warps have read what is written now
     tl.store(out + at + column, made, mask=inside)
     tl.store(y + at + column, _norm(made, WIDTH).to(y.dtype.element_ty), mask=inside)
-    tl.debug_barrier()  # all warps have read what is written now
     tl.store(remainder + row, remains)
     tl.store(step + row, n + 1)
     tl.store(halted + row, halts.to(tl.int64))
@@ -443,8 +452,8 @@ def _halt(
 @jit
 def _best(logit, token, tokens, padding, random, temperature, RANDOM: tl.constexpr):
     """The largest of some logits, and which `token` it is of, also where all are NaN: it is read as an index."""
-    inside = (token < tokens) & (logit == logit)
-    logit = tl.where(inside, logit + tl.load(padding + token, mask=inside, other=0.0), float("-inf"))
+    logit += tl.load(padding + token, mask=token < tokens, other=0.0)
+    logit = tl.where((token < tokens) & (logit == logit), logit, float("-inf"))
     if RANDOM:  # the largest of logits and Gumbel noise is a draw from their softmax
         logit = logit / tl.load(temperature) - tl.log(-tl.log(tl.maximum(tl.rand(random, token), 1e-20)))
     return tl.max(logit, 0), tl.min(token, 0) + tl.argmax(logit, 0)
@@ -529,7 +538,7 @@ def _head(
     _wait(EARLY)
     program, n = tl.program_id(0), tl.load(steps_before) + 1
     share, remains, halts = _halting(
-        0, h, before, rest, steps_before, left, head, bias, steps, threshold, WIDTH, BLOCK, ACT, ADAPTIVE
+        0, h, rest, steps_before, left, head, bias, steps, threshold, WIDTH, BLOCK, ACT, ADAPTIVE
     )
     if program == 0:
         tl.store(halted, halts.to(tl.int64))
@@ -549,7 +558,7 @@ def _head(
                     highest, chosen = tl.where(better, logit, highest), tl.where(better, id_, chosen)
             tl.store(best + program, highest)
             tl.store(which + program, chosen)
-        tl.debug_barrier()
+        tl.debug_barrier()  # all warps have read what the last program writes, and written what it reads
         if tl.atomic_add(arrived, 1) == tl.num_programs(0) - 1:
             tl.store(arrived, 0)
             _accept(
@@ -612,10 +621,13 @@ class Tick:
         half = c.width // c.heads // 2
         self.turn, self.rotation = vector(2 * half), dict(HALF=half)
         self.merging = dict(HEAD=c.width // c.heads, PARTS=self.parts[1].shape[-1])
-        early = launches_early(device)
-        self.options = dict(EARLY=early) | (dict(launch_pdl=True) if early else {})
+        self.early = launches_early(device)
         self.rule = dict(ACT=c.halting == "act", ADAPTIVE=engine.adaptive)
         self.accepting = dict(END=c.document_start, MANY=triton.next_power_of_2(self.many))
+
+    @property
+    def options(self):
+        return dict(EARLY=True, launch_pdl=True) if self.early else dict(EARLY=False)
 
     def run(self):
         (self.one if self.engine.rows == 1 else self.several)()
@@ -647,7 +659,7 @@ class Tick:
         launch(_output, "output", programs, before, (self.y, D), **width, **self.merging, **tiles, **own)
         programs, tiles = groups("gate_up", F)
         launch(_gate_up, "gate_up", programs, (self.y, s.step, gains), (self.product, F), **size, **tiles, **own)
-        tiles = dict(HIDDEN=F, BLOCK=min(2048, triton.next_power_of_2(F)), TILE=self.tiling["down"][0])
+        tiles = dict(HIDDEN=F, BLOCK=min(WIDE, triton.next_power_of_2(F)), TILE=self.tiling["down"][0])
         before, programs = (self.product, self.y, s.step, gains), triton.cdiv(D, tiles["TILE"])
         launch(_down, "down", programs, before, (s.h, D), **width, **tiles, **own)
         before = (

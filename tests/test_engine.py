@@ -29,6 +29,8 @@ def few_launches(monkeypatch):
         monkeypatch.setattr(engine_kernels, "FP8_TILES", tiles)
         monkeypatch.setattr(engine_kernels, "SPLITS", 2)
         monkeypatch.setattr(engine_kernels, "PROGRAMS", 2)  # of three tiles
+        monkeypatch.setattr(engine_kernels, "CHUNK", engine_kernels.tl.constexpr(16))
+        monkeypatch.setattr(engine_kernels, "WIDE", 16)
 
 
 def one_by_one(model, prompts, limits, **options):
@@ -84,15 +86,19 @@ def test_rows_are_their_texts_one_by_one(tiny, changes, depth, rows, prompts):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
-def test_a_tick_is_its_definition(tiny):
-    """All numbers of the state, of rows that come one after the other: one ends early, and one stays idle."""
+@pytest.mark.parametrize("rows, scaled", [(4, False), (1, False), (1, True)])
+def test_a_tick_is_its_definition(tiny, monkeypatch, rows, scaled):
+    """All numbers of the state, of rows that come one after the other: one ends early, and one stays idle. scaled:
+    with scales as FP8 weights have them."""
+    by_row = lambda weight: weight.float().abs().amax(-1)  # noqa: E731
+    monkeypatch.setattr(engine, "quantized", lambda weight: (weight / by_row(weight)[..., None], by_row(weight)))
     told = []
     for kernels in (True, False):
-        machine = Engine(tiny(), 4, 64, longest=12)
+        machine = Engine(tiny(), rows, 64, longest=12, weights=torch.float8_e4m3fn if scaled else None)
         if not kernels:
             machine.kernels, machine.fused = None, False
         told.append([])
-        for i, prompt in enumerate([*PROMPTS[1:4], None, None, None]):
+        for i, prompt in enumerate([*PROMPTS[1 : min(rows + 1, 4)], None, None, None]):
             if prompt:
                 machine.join(i, prompt, 2 if i == 1 else 12)
             machine.tick()
@@ -136,7 +142,21 @@ def test_a_conversation_goes_on_where_the_engine_ended(tiny, monkeypatch):
 @pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
 @pytest.mark.parametrize(
     "rows, kernel",
-    [(1, "_down"), (1, "_head"), (2, "_halt"), (2, "_attend"), (2, "_residual"), (2, "_pick"), (2, "_next")],
+    [
+        (1, "_qkv"),
+        (1, "_attend"),
+        (1, "_output"),
+        (1, "_gate_up"),
+        (1, "_down"),
+        (1, "_head"),
+        (2, "_enter"),
+        (2, "_merge"),
+        (2, "_halt"),
+        (2, "_attend"),
+        (2, "_residual"),
+        (2, "_pick"),
+        (2, "_next"),
+    ],
 )
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
 def test_kernels_that_fail_are_left_out(tiny, monkeypatch, rows, kernel, fault):
@@ -237,21 +257,25 @@ def test_kernels_compile(capability, weight):
 
     f, low, i, whole, numbers = "*fp32", "*bf16", "*i64", "i32", ["i32"] * 4
     early, scaled = dict(EARLY=capability >= 90), dict(SCALED=weight != "*bf16")
-    width, size, own = dict(WIDTH=1280), dict(WIDTH=1280, BLOCK=2048), dict(GROUPS=2, WARPS=4, OWN=False) | scaled
+    width, size, own = (
+        dict(WIDTH=1280),
+        dict(WIDTH=1280, BLOCK=2048),
+        dict(GROUPS=2, WARPS=4, OWN=low != weight) | scaled,
+    )
     act, end, half = dict(ACT=True, ADAPTIVE=True), dict(END=50256, MANY=1024), dict(HALF=32)
     before, texts = [f, f, f, i, i, f, f, whole, f], [f, whole, whole, whole]
     for kernel, types, constants in (
         ("_qkv", [f, f, i, f, f, i, "*fp64", f, weight, f, f, f, f, f, f, f, i, whole], size | half | own),
-        ("_attend", [f, f, low, low, i, i, i, f, f, f, *numbers], half | dict( TILE=128, PARTS=6)),
-        ("_output", [f, f, f, f, i, f, weight, f, f, whole], width | own | dict(HEAD=64, PARTS=6)),
+        ("_attend", [f, f, low, low, i, i, i, f, f, f, *numbers], half | dict(TILE=64, PARTS=4)),
+        ("_output", [f, f, f, f, i, f, weight, f, f, whole], width | own | dict(HEAD=64, PARTS=4)),
         ("_gate_up", [f, i, f, weight, f, f, whole], size | own),
         ("_down", [f, f, i, f, weight, f, f, whole],
-         width | scaled | dict(TILE=2, OWN=False, HIDDEN=10240, BLOCK=2048)),
+         width | scaled | dict(TILE=2, OWN=low != weight, HIDDEN=10240, BLOCK=2048)),
         ("_halt", [*before, i, low], size | act),
         ("_enter", [f, f, i, f, f, i, "*fp64", f, f, low], size | half),
         ("_merge", [f, f, f, low], width | dict(HEAD=64, PARTS=1)),
         ("_residual", [f, low, i, f, f, low], size | dict(GAIN=1, NORM=True)),
-        ("_pick", [low, i, i, i, f, f, "*i32", whole, whole, f], dict(TILE=2048, RANDOM=True)),
+        ("_pick", [low, i, i, i, f, f, "*i32", whole, whole, f], dict(TILE=4096, RANDOM=True)),
         ("_head", [*before, i, "*i32", f, f, weight, f, whole, i, f, "*i32", *[i] * 4, f, f, f, i, i, i, *texts],
          size | scaled | act | end | dict(GROUPS=2, WARPS=4, RANDOM=True)),
         ("_next", [i, f, "*i32", i, i, i, i, f, f, f, f, i, i, i, i, *texts, whole], size | end),
@@ -262,3 +286,22 @@ def test_kernels_compile(capability, weight):
         assert triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32)).asm[
             "cubin"
         ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_early_start_changes_nothing_on_cuda(tiny, monkeypatch, rows):
+    """Kernels that start beside the one before against the same kernels one by one: the same states to the bit."""
+    monkeypatch.undo()  # sizes, of which a GPU's are the real ones
+    model, told = tiny(max_depth=4).cuda(), []
+    model.padding[0] = -torch.inf
+    for early in (True, False):
+        machine = Engine(model, rows, 64, longest=300)
+        machine.kernels.early &= early
+        for row in range(rows):
+            torch.manual_seed(row)  # of a row's noise
+            machine.join(row, PROMPTS[row], 300)
+        machine.ticks(256)
+        told.append(vars(machine.state))
+    assert all(torch.equal(told[0][name], told[1][name]) for name in told[0])
+    assert told[0]["written"].min() > 50
