@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import engine_kernels
+import engine_tick
 from decoding import Continuation, truncate
 from kernels import heads, swiglu
 from model import LAST, norm
@@ -131,8 +131,8 @@ class Engine:
         self.frequency = c.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
         self.seed = torch.zeros(rows, dtype=torch.int64, device=device)  # of the kernels' noise
         self.temperature = torch.full((1,), float(temperature), device=device)
-        self.fused = engine_kernels.available(model)  # attention, and with `kernels` all of a tick
-        self.kernels = engine_kernels.Tick(self) if has_kernels(model, rows, top_k, top_p) else None
+        self.fused = engine_tick.available(model)  # attention, and with `kernels` all of a tick
+        self.kernels = engine_tick.Tick(self) if has_kernels(model, rows, top_k, top_p) else None
         self.graph, self.checked = None, False
 
     # ---------------------------------------------------------------------------------------------- one tick
@@ -164,7 +164,7 @@ class Engine:
     def attend(self, qkv):
         """What the rows find, (R, D); writes their keys and values, of qkv (R, 3 D), into the cache."""
         if self.fused:
-            return engine_kernels.attend(self, qkv)
+            return engine_tick.attend(self, qkv)
         s, c = self.state, self.model.config
         angle = s.position[:, None, None] * self.frequency
         q, k, v = heads(qkv.unflatten(-1, (3, c.heads, -1)), (angle.cos().float(), angle.sin().float()))
@@ -416,7 +416,7 @@ def has_kernels(model, rows, top_k=None, top_p=1.0):
     """Whether a tick is that of engine_kernels.py."""
     c = model.config
     plain = c.halting in ("act", "fixed") and c.injection == "gain" and not c.sandwich and top_k is None and top_p == 1
-    return plain and engine_kernels.available(model) and unfit(model, rows) is None
+    return plain and engine_tick.available(model) and unfit(model, rows) is None
 
 
 def unfit(model, rows):

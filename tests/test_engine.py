@@ -9,6 +9,7 @@ import torch
 
 import engine
 import engine_kernels
+import engine_tick
 from decoding import Session, generate
 from engine import Engine
 
@@ -23,14 +24,14 @@ pytestmark = pytest.mark.filterwarnings("error:decoding on")  # without kernels 
 def few_launches(monkeypatch):
     monkeypatch.setattr(engine, "AHEAD", 3)
     if INTERPRETED:  # programs take turns there, at a cost each: a few of every kernel, the last one of the head ragged
-        tiles = dict.fromkeys(engine_kernels.TILES, (2, 16)) | {"head": (2, 64), "down": (32, 4), "pick": (32, 4)}
+        tiles = dict.fromkeys(engine_tick.TILES, (2, 16)) | {"head": (2, 64), "down": (32, 4), "pick": (32, 4)}
         tiles["attend"] = (16, 4)  # of 65 keys: programs read two or three times
-        monkeypatch.setattr(engine_kernels, "TILES", tiles)
-        monkeypatch.setattr(engine_kernels, "FP8_TILES", tiles)
-        monkeypatch.setattr(engine_kernels, "SPLITS", 2)
-        monkeypatch.setattr(engine_kernels, "PROGRAMS", 2)  # of three tiles
+        monkeypatch.setattr(engine_tick, "TILES", tiles)
+        monkeypatch.setattr(engine_tick, "FP8_TILES", tiles)
+        monkeypatch.setattr(engine_tick, "SPLITS", 2)
+        monkeypatch.setattr(engine_tick, "PROGRAMS", 2)  # of three tiles
         monkeypatch.setattr(engine_kernels, "CHUNK", engine_kernels.tl.constexpr(16))
-        monkeypatch.setattr(engine_kernels, "WIDE", 16)
+        monkeypatch.setattr(engine_tick, "WIDE", 16)
 
 
 def one_by_one(model, prompts, limits, **options):
