@@ -48,9 +48,9 @@ class ModelConfig:
     max_depth: int = 8  # N, how often the R blocks are applied
     share: bool = True  # false: N x R own blocks, a stacked transformer
     # Who decides on the depth of a token: nobody (fixed); a head that is trained with the model (act); or, with the
-    # newest state as output, a head that is fitted to what steps win (exit, see halting.ExitFit), once the next one is
-    # expected to win less than `tolerance` nats; or the state itself (stability), once a step changes it, normalised,
-    # by less than `tolerance` (RMS).
+    # newest state as output, a head that is fitted to what the next step wins, or to the token's loss (exit, see
+    # halting.ExitFit), once it expects less than `tolerance` nats; or the state itself (stability), once a step changes
+    # it, normalised, by less than `tolerance` (RMS).
     halting: Literal["fixed", "act", "exit", "stability"] = "act"
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
@@ -82,8 +82,6 @@ class ModelConfig:
             raise ValueError(f"'min_depth' {self.min_depth} must lie in 1..'max_depth', and be 1 with 'halting = act'")
         if self.tolerance < 0 and self.halting != "exit":
             raise ValueError(f"'tolerance' must not be negative, as {self.tolerance} is")
-        if self.halting == "exit" and self.coda:
-            raise ValueError("'halting = exit' needs 'coda = 0': it reads the loss from the state of every step")
         if not self.share and self.memory == "last_step":
             raise ValueError("'memory = last_step' needs 'share = true': own blocks cannot read each other's keys")
         if not 0 <= self.document_start < self.vocab_size:
@@ -414,15 +412,19 @@ class RecurrentTransformer(nn.Module):
         return Output(logits, loss, nll, taken, ponder, stacked, spans.context, memory)
 
     @torch.no_grad()
-    def exit_gains(self, tokens, targets, memory=None, spans=None):
+    def exit_values(self, tokens, targets, memory=None, spans=None, by="gain"):
         """What the head of `halting = exit` is fitted to: the states of every step but the last that it reads,
-        (N - 1, B, T, D) float32, and what the next step then wins: nll_n - nll_(n+1), (N - 1, B, T).
+        (N - 1, B, T, D) float32, and (N - 1, B, T), by gain, what the next step then wins, nll_n - nll_(n+1), which
+        needs a model without coda; or, by loss, the nll of the whole model.
         Tokens halt by the rule, so that the others see frozen keys and values as they will, but all states go on."""
         states = []
         out = self(tokens, targets, memory, spans=spans, states=states)
+        features = torch.stack([self.features(h) for h in states[:-1]])
+        if by == "loss":
+            return features, out.nll.expand(len(features), -1, -1)
         targets, zeros = targets.to(out.nll.device, non_blocking=True), torch.zeros_like(out.nll)
         nll = torch.stack([self.loss(self.read(h), targets, zeros)[1] for h in states])
-        return torch.stack([self.features(h) for h in states[:-1]]), nll[:-1] - nll[1:]
+        return features, nll[:-1] - nll[1:]
 
     def spans(self, tokens, memory=None, one_by_one=False):
         """Which keys the tokens (B, T) will see, see `Spans`. Host work that can be done while the device is busy."""

@@ -35,6 +35,9 @@ class TrainConfig:
     warm_up: float = 0.0  # for this fraction of training every token takes `warm_depth` steps, and no depth is drawn
     warm_depth: int = 0  # 0: the model's maximum
     exit_interval: int = 10  # exit: steps between fits of the head
+    # exit: a token goes on by what the next step is expected to win; or by the loss that is expected of it, in fixed
+    # shares: after every step those tokens of which the most is expected, `target_depth` steps on average
+    exit_by: Literal["gain", "loss"] = "gain"
     frozen: bool = False  # exit: of a trained model, the head alone is fitted
     max_bad_steps: int = 20  # stop after so many steps in a row with a non-finite loss or gradient
     checkpoint_interval: int = 1000  # in steps
@@ -126,6 +129,16 @@ class Config:
             raise ValueError("'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by = token'")
         if t.frozen and (halting != "exit" or not self.init or t.sampled_depth):
             raise ValueError("'train.frozen' needs 'model.halting = exit' and 'init', and no 'train.sampled_depth'")
+        if t.exit_by == "loss" and not (halting == "exit" and t.target_depth >= self.model.min_depth):
+            raise ValueError(
+                "'train.exit_by = loss' needs 'model.halting = exit' and a 'train.target_depth' of at least "
+                f"'model.min_depth' ({self.model.min_depth}), not {t.target_depth}"
+            )
+        if t.exit_by == "gain" and halting == "exit" and self.model.coda and self.stage != "dpo":
+            raise ValueError(
+                "'model.halting = exit' with a coda needs 'train.exit_by = loss': a gain is read from the state of "
+                "every step, which the coda has not seen"
+            )
         if t.sampled_by == "token" and not t.sampled_depth:
             raise ValueError("'train.sampled_by = token' has no use without 'train.sampled_depth', the mean")
         depths = {f"train.{name}": getattr(t, name) for name in ("sampled_depth", "target_depth", "warm_depth")}

@@ -90,7 +90,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         exits, target = cfg.model.halting == "exit", self.t.target_depth
         self.ponder = PonderWeight(self.t.ponder_weight, 0 if exits else target, self.t.ponder_rate)
-        self.exit = ExitFit(self.model, target) if exits and cfg.model.max_depth > 1 else None
+        self.exit = ExitFit(self.model, target, self.t.exit_by) if exits and cfg.model.max_depth > 1 else None
 
         self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
         self.data_state = self.stage.state()
@@ -137,10 +137,10 @@ class Trainer:
     def fit_exit(self, part, memory, spans):
         """Fit the head of `halting = exit` to tokens that the model has not been trained on yet."""
         self.model.eval()
-        states, gains = self.model.exit_gains(part.tokens, part.targets, memory, spans)
+        states, values = self.model.exit_values(part.tokens, part.targets, memory, spans, self.t.exit_by)
         self.model.train()
-        counts = (part.groups >= 0).to(gains.device)
-        self.exit.update(states[:, counts], gains[:, counts])
+        counts = (part.groups >= 0).to(values.device)
+        self.exit.update(states[:, counts], values[:, counts])
         self.cfg.model = self.model.config  # its tolerance
 
     def train_step(self):
@@ -258,7 +258,7 @@ class Trainer:
         if self.model.scales is not None:
             state["fp8/history"] = self.model.scales.history
         if self.exit:
-            state["exit/sums"] = self.exit.sums
+            state["exit/sums"], state["exit/bars"] = self.exit.sums, self.exit.bars
         checkpoint.write_tensors(path, "optimizer", state)
         meta = {
             "step": self.step,
@@ -316,6 +316,7 @@ class Trainer:
             self.model.scales.load(state["fp8/history"])
         if self.exit:
             self.exit.sums.copy_(state.pop("exit/sums"))
+            self.exit.bars.copy_(state.pop("exit/bars", self.exit.bars))  # of before there were any: none
             self.model.set_tolerance(new["model"]["tolerance"])
             self.cfg.model = self.model.config
         checkpoint.load_optimizers(self.model, self.optimizers, state)

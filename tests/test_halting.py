@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from building import build
-from halting import ExitFit, Packed, PonderWeight
+from halting import ExitFit, Packed, PonderWeight, shares
 from model import norm
 
 
@@ -37,6 +37,39 @@ def test_the_exit_head_is_fitted_to_what_steps_win():
     fit.steer(states)
     steps = 2 + (gains[1:].cummin(0).values >= model.config.tolerance).sum(0)
     assert steps.float().mean() == pytest.approx(2.5, abs=0.01)
+
+
+@pytest.mark.parametrize("target, least", [(4, 2), (2.5, 1), (8, 3), (3, 3)])
+def test_the_shares_that_go_on_add_up_to_the_target(target, least):
+    found = shares(target, least, 8)
+    assert sum(found) == pytest.approx(target) and found[:least] == [1] * least
+    ratios = [after / before for before, after in zip(found[least - 1 :], found[least:]) if before > 1e-6]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+
+
+@pytest.mark.parametrize("tolerance", [0.1, -2.0])
+def test_those_of_which_the_most_loss_is_expected_go_on(tolerance):
+    """In the shares of the target, whatever the tolerance; and a share less where it is raised, as a dial."""
+    model, target = build(halting="exit", tolerance=tolerance, min_depth=2), 3.25
+    torch.nn.init.zeros_(model.halting.weight)
+    torch.nn.init.constant_(model.halting.bias, 1.0)  # as a model begins
+    fit = ExitFit(model, target, by="loss", ridge=1e-6)
+    weight, bias = 0.3 * torch.randn(4, 32), torch.tensor([4.0, 3.5, 3.2, 3.1])
+
+    def depths(states):
+        return 1 + (fit.expected(states).cummin(0).values >= model.tolerance).sum(0)
+
+    for _ in range(20):
+        states, loss = linear_gains(2000, weight, bias)
+        fit.update(states, loss)
+    torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-3, rtol=0)
+    assert model.config.tolerance == tolerance
+    taken = depths(states)
+    going = [(taken >= n).float().mean().item() for n in range(1, 6)]
+    assert going == pytest.approx(shares(target, 2, 5), abs=0.02)
+    assert loss[1, taken == 2].max() < loss[1, taken > 2].min() + 1e-2  # by what is expected after step 2
+    model.set_tolerance(tolerance + 0.2)
+    assert 2 < depths(states).float().mean() < taken.float().mean() - 0.1
 
 
 def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():

@@ -455,6 +455,20 @@ def test_an_exit_head_is_fitted_along_with_training(workplace, monkeypatch, caps
     assert np.mean([line["depth"] for line in lines[4:]]) == pytest.approx(2, abs=0.3)
 
 
+def test_a_head_that_expects_the_loss_holds_the_target_depth(workplace, monkeypatch, capsys):
+    """Between an own first and last layer; a stop changes nothing."""
+    settings = [*EXIT, "--train.exit_interval=1", "--train.exit_by=loss", "--model.prelude=1", "--model.coda=1"]
+    assert run(monkeypatch, *settings, "--out=./whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        assert run(monkeypatch, *settings, "--out=./parts") == 0
+    assert run(monkeypatch, *settings, "--out=./parts") == 0 and "going on from" in capsys.readouterr().out
+    assert_same_run(workplace / "parts", workplace / "whole")
+    lines = [line for line in curve(workplace / "whole") if line["event"] == "train"]
+    assert {line["tolerance"] for line in lines} == {0.1}
+    assert np.mean([line["depth"] for line in lines[6:]]) == pytest.approx(2, abs=0.2)
+
+
 def test_two_processes_fit_one_exit_head(workplace, monkeypatch):
     settings = [
         *EXIT,
@@ -569,6 +583,8 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ("--train.sampled_share=0.5", "'train.sampled_share' needs 'model.halting = exit'"),
         ("--train.sampled_share=2", "'sampled_share' in [0, 1]"),
         ("--train.frozen=true", "'train.frozen' needs 'model.halting = exit' and 'init'"),
+        ("--train.exit_by=loss", "'train.exit_by = loss' needs 'model.halting = exit' and a 'train.target_depth'"),
+        ("--model={halting='exit', coda=1, max_depth=3}", "with a coda needs 'train.exit_by = loss'"),
         ("--train.exit_interval=0", "'exit_interval' must be at least 1"),
         ("--train.warm_up=1", "'warm_up' in [0, 1)"),
         ("--train.warm_depth=4", "'train.warm_depth' 4 must lie in 1..3, or be 0"),
