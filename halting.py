@@ -145,8 +145,8 @@ class PonderWeight:
 
 
 def shares(target, least, most):
-    """The shares of all tokens that take steps 1 to `most`, a list: all up to step `least`, then always the same part of
-    those before, such that `target` steps are taken on average."""
+    """The shares of all tokens that take steps 1 to `most`, a list: all up to step `least`, then always the same part
+    of those before, such that `target` steps are taken on average."""
     low, high = 0.0, 1.0
     for _ in range(50):
         part = (low + high) / 2
