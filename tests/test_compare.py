@@ -36,7 +36,7 @@ def test_runs_are_ranked_and_drawn(tmp_path, capsys):
     assert rows[2][2] == f"{math.exp(0.2):.3f}" and "1.333 @ 3.0" in " ".join(rows[0])
     assert figure.read_bytes()[:4] == b"\x89PNG" and markdown.read_text().count("\n") == 6
     found = [compare.read(tmp_path / name) for name in ("act", "fixed8", "fixed2", "stack8")]
-    assert [run["name"] for run in compare.line_to_beat(found)] == ["fixed2", "fixed8"]
+    assert compare.lines(found) == {"fixed": [found[2], found[1]]}  # one layer of each depth is no line
 
 
 @pytest.mark.parametrize(
