@@ -4,9 +4,10 @@
     python compare.py runs/yardstick/* --figure frontier.png         perplexity against mean depth
     python compare.py runs/yardstick/* --markdown table.md --domains
 
-In the figure runs of fixed depths whose names differ in the number at the end alone, such as fixed4 and fixed8, are a
-line: what adaptive depth in a model of that shape has to beat. Every other run is a point of its own; the forced depths
-that it was evaluated at (`eval.depths`) are a thin line, depth as a dial, and may leave the frame.
+In the figure runs of fixed depths and as many parameters whose names differ in the number at the end alone, such as
+fixed4 and fixed8, are a line: what adaptive depth in a model of that shape has to beat. Every other run is a point of
+its own; the forced depths that it was evaluated at (`eval.depths`) are a thin line, depth as a dial, and may leave the
+frame.
 """
 
 import argparse
@@ -59,17 +60,14 @@ def is_fixed(run):
     return all(part["depth"] == run["validation"]["macro"]["depth"] for part in run["validation"]["domains"].values())
 
 
-def shape(run):
-    """The name of a run without the number at its end."""
-    return run["name"].rstrip("0123456789").rstrip("_")
-
-
 def lines(runs):
-    """Runs of fixed depths by their shape, the shallowest first, where there are several of one."""
+    """Runs of fixed depths by the shape of their model, as names (without the number at the end) and parameters (to two
+    digits) tell it: [(name, runs, the shallowest first)] of every shape with several."""
     found = {}
     for run in sorted(filter(is_fixed, runs), key=lambda run: run["validation"]["macro"]["depth"]):
-        found.setdefault(shape(run), []).append(run)
-    return {name: line for name, line in found.items() if len(line) > 1}
+        name = run["name"].rstrip("0123456789").rstrip("_")
+        found.setdefault((name, f"{run['parameters']:.2g}"), []).append(run)
+    return [(name, line) for (name, _), line in found.items() if len(line) > 1]
 
 
 def draw(runs, file):
@@ -84,11 +82,11 @@ def draw(runs, file):
     _, axis = pyplot.subplots(figsize=(9, 4.5))
     place = lambda macro: (macro["depth"], np.exp(macro["nats"]))  # noqa: E731
     of_shapes = lines(runs)
-    for style, (name, line) in zip(itertools.cycle(("ko-", "ks--", "k^-.", "kD:")), of_shapes.items()):
+    for style, (name, line) in zip(itertools.cycle(("ko-", "ks--", "k^-.", "kD:", "kv-", "kP--", "kX-.")), of_shapes):
         points = [place(run["validation"]["macro"]) for run in line]
         axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=f"{name}, fixed depths")
-    drawn = [run["name"] for line in of_shapes.values() for run in line]
-    for i, run in enumerate(run for run in runs if run["name"] not in drawn):
+    drawn = [id(run) for _, line in of_shapes for run in line]
+    for i, run in enumerate(run for run in runs if id(run) not in drawn):
         x, y = place(run["validation"]["macro"])
         axis.plot([x], [y], "osD^"[i // 10 % 4], color=f"C{i % 10}", label=run["name"])
         if forced := sorted(place(macro) for macro in run["validation"].get("forced", {}).values()):

@@ -157,20 +157,21 @@ def shares(target, least, most):
 
 class ExitFit:
     """The head of `halting = exit`, fitted by least squares: for every step n but the last a linear function of the
-    normalised state, which expects one of two things, in nats.
+    normalised state, which expects one of two things, in nats, by `ModelConfig.exit_by`.
 
-    by = "gain": what the next step wins, nll_n - nll_(n+1). So `tolerance` is the price of a step. With a target depth
-    the tolerance follows at which so many steps are taken on average: measured on text before the head is fitted to it.
-    by = "loss": the loss that the token has in the end. After every step a fixed share of all tokens goes on, those of
-    which the most is expected (`shares`). The bar that they pass is part of the bias, and lies at the tolerance.
+    gain: what the next step wins, nll_n - nll_(n+1). So `tolerance` is the price of a step. With a target depth the
+    tolerance follows at which so many steps are taken on average: measured on text before the head is fitted to it.
+    loss: the loss that the token has in the end. After every step a fixed share of all tokens goes on (`shares`), those
+    of which the most is expected. The bar that they pass is taken off the bias, and the tolerance is 0. Bars are
+    averages over some batches of text that the head is fitted to as well, as one of thirty.
 
     It is solved for, by normal equations with a ridge, as what a token wins says little (correlations of 0.1) and
     gradient steps learn nothing of it (docs/LOG.md). Older text counts less, `decay` a batch, as the model moves on.
     sums: (N - 1, D + 2, D + 2), and bars: (N - 1,), are all that a checkpoint needs."""
 
-    def __init__(self, model, target_depth=0.0, by="gain", decay=0.97, ridge=0.5, bar_decay=0.8):
+    def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.5, bar_decay=0.8):
         N, D, device = model.config.max_depth, model.config.width, model.embedding.weight.device
-        self.model, self.target_depth, self.by = model, target_depth, by
+        self.model, self.target_depth = model, target_depth
         self.decay, self.ridge, self.bar_decay = decay, ridge, bar_decay
         # features and value are one row: their products are Gram matrix and right side at once
         self.sums, self.bars = torch.zeros(N - 1, D + 2, D + 2, device=device), torch.zeros(N - 1, device=device)
@@ -180,59 +181,60 @@ class ExitFit:
         """Fit to states (N - 1, n, D) float32 of values (N - 1, n), too, see `model.exit_values`; not to what is not
         finite."""
         rows = torch.cat([states, torch.ones_like(states[..., :1]), values[..., None]], -1)
-        if self.by == "loss":  # a state after the one that a token halted with says nothing
-            least = self.expected(states).cummin(0).values
+        by_loss, fitted = self.model.config.exit_by == "loss", bool(self.sums.any())
+        if by_loss and fitted:  # a state after the one that a token halted with says nothing
+            least = self.values(states).cummin(0).values
             rows[1:] *= (least[:-1] >= self.model.tolerance)[..., None]
         products = rows.mT @ rows
         if dist.is_initialized():
             dist.all_reduce(products)
         if not (products.isfinite().all() and products[0, -2, -2]):  # or there is no token at all
             return
-        fitted = bool(self.sums.any())
-        if self.by == "gain" and self.target_depth and fitted:
+        if self.target_depth and fitted and not by_loss:
             self.steer(states)
         self.sums.mul_(self.decay).add_(products)
         self.solve()
-        if self.by == "loss":
-            self.raise_bars(states, 1 - self.bar_decay if fitted else 1.0)
+        if by_loss:
+            self.move_bars(states, 1 - self.bar_decay if fitted else 1.0)
 
     def solve(self):
         D = self.sums.shape[1] - 2
         count = self.sums[:, D, D, None, None]
-        mean = (self.sums / count.clamp(min=1)).double()
+        mean = (self.sums / count).double()
         gram, moment = mean[:, :-1, :-1], mean[:, :-1, -1:]
         gram.diagonal(dim1=1, dim2=2)[:, :D] += self.ridge  # features have a mean square of 1; not for the bias
         solution = torch.linalg.solve(gram, moment)[..., 0].float()
         head = self.model.halting
         head.weight[:-1], head.bias[:-1] = solution[:, :D], solution[:, D]
 
-    def expected(self, states):
-        """What the head expects of states (N - 1, n, D), (N - 1, n); infinity where no token may halt yet.
+    def values(self, states):
+        """What the head says of states (N - 1, n, D), (N - 1, n) nats; infinity where no token may halt yet.
         A token goes on after n steps where the least of its first n values reaches the tolerance."""
         head = self.model.halting
         values = torch.einsum("snd,sd->sn", states, head.weight[:-1]) + head.bias[:-1, None]
         values[: self.model.config.min_depth - 1] = torch.inf
         return values
 
-    def raise_bars(self, states, weight):
+    def move_bars(self, states, weight):
         """Move the bars, by this weight, to where of the tokens with these states the wanted shares pass them."""
-        c, head, values = self.model.config, self.model.halting, self.expected(states)
-        bars, active = self.bars.clone(), torch.ones_like(values[0], dtype=torch.bool)
+        c, values = self.model.config, self.values(states)
+        active, count = torch.ones_like(values[0], dtype=torch.bool), values.shape[1]
+        bars = torch.zeros(c.max_depth, device=values.device)  # times the tokens, whose number is the last
+        bars[-1] = count
         for n, share in enumerate(shares(self.target_depth, c.min_depth, c.max_depth)[c.min_depth :], c.min_depth - 1):
-            if not len(active):  # as another process may have some
-                break
-            number = max(round(share * len(active)), 1)
-            passing = torch.where(active, values[n], -torch.inf).topk(number)
-            active = torch.zeros_like(active).index_fill(0, passing.indices, True)
-            bars[n] = passing.values[-1]
+            if count:  # another process may have all tokens
+                passing = torch.where(active, values[n], -torch.inf).topk(max(round(share * count), 1))
+                active = torch.zeros_like(active).index_fill(0, passing.indices, True)
+                bars[n] = count * passing.values[-1]
         if dist.is_initialized():
-            dist.all_reduce(bars.div_(dist.get_world_size()))
-        self.bars.lerp_(bars, weight)
-        head.bias[c.min_depth - 1 : -1] += self.model.tolerance - self.bars[c.min_depth - 1 :]
+            dist.all_reduce(bars)
+        self.bars.lerp_(bars[:-1] / bars[-1], weight)
+        self.model.halting.bias[:-1] -= self.bars
+        self.model.set_tolerance(0.0)
 
     def steer(self, states):
         """Set the tolerance at which tokens with these states take `target_depth` steps on average."""
-        least = self.expected(states).cummin(0).values.flatten()
+        least = self.values(states).cummin(0).values.flatten()
         further = round((self.target_depth - 1) * states.shape[1])  # steps after the first, of all tokens
         kth = max(least.numel() - further, 1)
         tolerance = least.kthvalue(kth).values if least.numel() else self.model.tolerance.clone()

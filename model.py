@@ -48,12 +48,14 @@ class ModelConfig:
     max_depth: int = 8  # N, how often the R blocks are applied
     share: bool = True  # false: N x R own blocks, a stacked transformer
     # Who decides on the depth of a token: nobody (fixed); a head that is trained with the model (act); or, with the
-    # newest state as output, a head that is fitted to what the next step wins, or to the token's loss (exit, see
-    # halting.ExitFit), once it expects less than `tolerance` nats; or the state itself (stability), once a step changes
-    # it, normalised, by less than `tolerance` (RMS).
+    # newest state as output, a head that is fitted along with training (exit, see halting.ExitFit), once its value is
+    # below `tolerance`; or the state itself (stability), once a step changes it, normalised, by less than that (RMS).
     halting: Literal["fixed", "act", "exit", "stability"] = "act"
     halting_eps: float = 0.01  # act: a token halts when its halting probabilities sum to 1 - eps
     halting_bias: float = -3.0  # act: sigmoid(-3) = 0.05: start deep, learn to stop
+    # What the head of exit says, in nats: what the next step is expected to win; or the loss that is expected of the
+    # token, above a bar that a fixed share of all tokens passes (so the tolerance of training is 0).
+    exit_by: Literal["gain", "loss"] = "gain"
     tolerance: float = 0.1  # exit, in nats; stability, RMS
     min_depth: int = 1  # exit, stability: no token halts before
     # What enters a step: the state (none); it, normalised, plus the input (gain); a linear layer of both; or a weighted
@@ -80,6 +82,13 @@ class ModelConfig:
             raise ValueError(f"'halting_eps' must lie between 0 and 1, not {self.halting_eps}")
         if not 1 <= self.min_depth <= self.max_depth or self.min_depth > 1 and self.halting == "act":
             raise ValueError(f"'min_depth' {self.min_depth} must lie in 1..'max_depth', and be 1 with 'halting = act'")
+        if self.exit_by == "loss" and not (self.halting == "exit" and self.min_depth < self.max_depth):
+            raise ValueError("'exit_by = loss' needs 'halting = exit' and a 'min_depth' below 'max_depth'")
+        if self.halting == "exit" and self.exit_by == "gain" and self.coda:
+            raise ValueError(
+                "'halting = exit' with a 'coda' needs 'exit_by = loss': what a step wins is read from its state, which "
+                "the coda has not seen"
+            )
         if self.tolerance < 0 and self.halting != "exit":
             raise ValueError(f"'tolerance' must not be negative, as {self.tolerance} is")
         if not self.share and self.memory == "last_step":
@@ -412,15 +421,15 @@ class RecurrentTransformer(nn.Module):
         return Output(logits, loss, nll, taken, ponder, stacked, spans.context, memory)
 
     @torch.no_grad()
-    def exit_values(self, tokens, targets, memory=None, spans=None, by="gain"):
+    def exit_values(self, tokens, targets, memory=None, spans=None):
         """What the head of `halting = exit` is fitted to: the states of every step but the last that it reads,
-        (N - 1, B, T, D) float32, and (N - 1, B, T), by gain, what the next step then wins, nll_n - nll_(n+1), which
-        needs a model without coda; or, by loss, the nll of the whole model.
+        (N - 1, B, T, D) float32, and (N - 1, B, T) nats: `exit_by` gain, what the next step then wins,
+        nll_n - nll_(n+1); or loss, the nll of the whole model.
         Tokens halt by the rule, so that the others see frozen keys and values as they will, but all states go on."""
         states = []
         out = self(tokens, targets, memory, spans=spans, states=states)
         features = torch.stack([self.features(h) for h in states[:-1]])
-        if by == "loss":
+        if self.config.exit_by == "loss":
             return features, out.nll.expand(len(features), -1, -1)
         targets, zeros = targets.to(out.nll.device, non_blocking=True), torch.zeros_like(out.nll)
         nll = torch.stack([self.loss(self.read(h), targets, zeros)[1] for h in states])

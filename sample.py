@@ -76,8 +76,9 @@ def add_model_options(parser, weights="full"):
                        "(default: $MODEL, else the newest under runs/)")  # fmt: skip
     group.add_argument("--depth", type=int, metavar="K", help="force K steps a token (default: the model decides)")
     group.add_argument("--tolerance", type=float, metavar="X",
-                       help="a token halts when the exit head expects less than X nats of the next step or, without "
-                       "that head, when a step changes its normalised state by less than X (RMS); say 0.1")  # fmt: skip
+                       help="a token halts when the exit head says less than X nats: of what the next step wins or, "
+                       "by loss, above the bars of training (0 is its depth, 0.2 less, -0.2 more); without that head, "
+                       "when a step changes its normalised state by less than X (RMS); say 0.1")  # fmt: skip
     group.add_argument("--memory", type=int, metavar="M", help="tokens of memory (default: as last trained)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),

@@ -27,7 +27,8 @@ class TrainConfig:
     # Memory curriculum: from this fraction of training on, that many tokens of Transformer-XL memory.
     memory: list[tuple[float, int]] = field(default_factory=lambda: [(0.0, 512)])
     ponder_weight: float = 0.0  # lambda in `cross-entropy + lambda * (steps + remainder)`; its start with target_depth
-    target_depth: float = 0.0  # mean steps a token to steer lambda to, or the tolerance of exit; 0: they stay
+    # Mean steps a token to which lambda is steered; with exit the tolerance or, by loss, the bars. 0: they stay.
+    target_depth: float = 0.0
     ponder_rate: float = 1e-4  # how fast it is steered, per step of training and step of depth
     sampled_depth: float = 0.0  # mean of a depth that is drawn; 0: the model's own
     sampled_by: Literal["step", "token"] = "step"  # one for all tokens of a step, or each token its own
@@ -35,9 +36,6 @@ class TrainConfig:
     warm_up: float = 0.0  # for this fraction of training every token takes `warm_depth` steps, and no depth is drawn
     warm_depth: int = 0  # 0: the model's maximum
     exit_interval: int = 10  # exit: steps between fits of the head
-    # exit: a token goes on by what the next step is expected to win; or by the loss that is expected of it, in fixed
-    # shares: after every step those tokens of which the most is expected, `target_depth` steps on average
-    exit_by: Literal["gain", "loss"] = "gain"
     frozen: bool = False  # exit: of a trained model, the head alone is fitted
     max_bad_steps: int = 20  # stop after so many steps in a row with a non-finite loss or gradient
     checkpoint_interval: int = 1000  # in steps
@@ -129,15 +127,10 @@ class Config:
             raise ValueError("'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by = token'")
         if t.frozen and (halting != "exit" or not self.init or t.sampled_depth):
             raise ValueError("'train.frozen' needs 'model.halting = exit' and 'init', and no 'train.sampled_depth'")
-        if t.exit_by == "loss" and not (halting == "exit" and t.target_depth >= self.model.min_depth):
+        if self.model.exit_by == "loss" and self.stage != "dpo" and t.target_depth < self.model.min_depth:
             raise ValueError(
-                "'train.exit_by = loss' needs 'model.halting = exit' and a 'train.target_depth' of at least "
-                f"'model.min_depth' ({self.model.min_depth}), not {t.target_depth}"
-            )
-        if t.exit_by == "gain" and halting == "exit" and self.model.coda and self.stage != "dpo":
-            raise ValueError(
-                "'model.halting = exit' with a coda needs 'train.exit_by = loss': a gain is read from the state of "
-                "every step, which the coda has not seen"
+                "'model.exit_by = loss' needs a 'train.target_depth' of at least 'model.min_depth' "
+                f"({self.model.min_depth}), not {t.target_depth}"
             )
         if t.sampled_by == "token" and not t.sampled_depth:
             raise ValueError("'train.sampled_by = token' has no use without 'train.sampled_depth', the mean")
@@ -159,7 +152,7 @@ class Config:
             )
         model = config.from_dict(meta["config"]["model"], ModelConfig, self.init)
         # [model] may be left out, or say by which other rule to halt
-        rule = {key: getattr(self.model, key) for key in ("halting", "tolerance")}
+        rule = {key: getattr(self.model, key) for key in ("halting", "exit_by", "tolerance")}
         if self.model == ModelConfig():
             rule = {}
         elif self.model not in (model, dataclasses.replace(ModelConfig(), **rule)):

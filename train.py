@@ -90,7 +90,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         exits, target = cfg.model.halting == "exit", self.t.target_depth
         self.ponder = PonderWeight(self.t.ponder_weight, 0 if exits else target, self.t.ponder_rate)
-        self.exit = ExitFit(self.model, target, self.t.exit_by) if exits and cfg.model.max_depth > 1 else None
+        self.exit = ExitFit(self.model, target) if exits and cfg.model.max_depth > 1 else None
 
         self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
         self.data_state = self.stage.state()
@@ -137,7 +137,7 @@ class Trainer:
     def fit_exit(self, part, memory, spans):
         """Fit the head of `halting = exit` to tokens that the model has not been trained on yet."""
         self.model.eval()
-        states, values = self.model.exit_values(part.tokens, part.targets, memory, spans, self.t.exit_by)
+        states, values = self.model.exit_values(part.tokens, part.targets, memory, spans)
         self.model.train()
         counts = (part.groups >= 0).to(values.device)
         self.exit.update(states[:, counts], values[:, counts])
@@ -316,7 +316,7 @@ class Trainer:
             self.model.scales.load(state["fp8/history"])
         if self.exit:
             self.exit.sums.copy_(state.pop("exit/sums"))
-            self.exit.bars.copy_(state.pop("exit/bars", self.exit.bars))  # of before there were any: none
+            self.exit.bars.copy_(state.pop("exit/bars", self.exit.bars))  # there were none once
             self.model.set_tolerance(new["model"]["tolerance"])
             self.cfg.model = self.model.config
         checkpoint.load_optimizers(self.model, self.optimizers, state)

@@ -52,7 +52,7 @@ VARIANTS = {
     "stability": {"halting": "stability", "tolerance": 0.6},
     "exit": {"halting": "exit", "tolerance": 1.2},
     "sandwich": {"sandwich": True},
-    "exit, prelude and coda": {"halting": "exit", "tolerance": 1.2, "prelude": 1, "coda": 1, "sandwich": True}
-    | {"max_depth": 3, "step_gains": False},
+    "exit, prelude and coda": {"halting": "exit", "exit_by": "loss", "tolerance": 1.2, "prelude": 1, "coda": 1}
+    | {"sandwich": True, "max_depth": 3, "step_gains": False},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())

@@ -47,29 +47,51 @@ def test_the_shares_that_go_on_add_up_to_the_target(target, least):
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
 
 
-@pytest.mark.parametrize("tolerance", [0.1, -2.0])
+def depths(fit, states):
+    return 1 + (fit.values(states).cummin(0).values >= fit.model.tolerance).sum(0)
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 99.0])
 def test_those_of_which_the_most_loss_is_expected_go_on(tolerance):
-    """In the shares of the target, whatever the tolerance; and a share less where it is raised, as a dial."""
-    model, target = build(halting="exit", tolerance=tolerance, min_depth=2), 3.25
-    torch.nn.init.zeros_(model.halting.weight)
-    torch.nn.init.constant_(model.halting.bias, 1.0)  # as a model begins
-    fit = ExitFit(model, target, by="loss", ridge=1e-6)
+    """In the shares of the target, whatever tolerance and head there were; and fewer where it is raised, as a dial."""
+    model, target = build(halting="exit", exit_by="loss", tolerance=tolerance, min_depth=2), 3.25
+    fit = ExitFit(model, target, ridge=1e-6)
     weight, bias = 0.3 * torch.randn(4, 32), torch.tensor([4.0, 3.5, 3.2, 3.1])
-
-    def depths(states):
-        return 1 + (fit.expected(states).cummin(0).values >= model.tolerance).sum(0)
-
     for _ in range(20):
         states, loss = linear_gains(2000, weight, bias)
         fit.update(states, loss)
     torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-3, rtol=0)
-    assert model.config.tolerance == tolerance
-    taken = depths(states)
+    assert model.config.tolerance == model.tolerance == 0
+    taken = depths(fit, states)
     going = [(taken >= n).float().mean().item() for n in range(1, 6)]
     assert going == pytest.approx(shares(target, 2, 5), abs=0.02)
     assert loss[1, taken == 2].max() < loss[1, taken > 2].min() + 1e-2  # by what is expected after step 2
-    model.set_tolerance(tolerance + 0.2)
-    assert 2 < depths(states).float().mean() < taken.float().mean() - 0.1
+    model.set_tolerance(0.2)
+    assert 2 < depths(fit, states).float().mean() < taken.float().mean() - 0.1
+
+
+def test_an_exit_head_by_loss_is_not_fitted_to_states_of_halted_tokens():
+    """There the values say the opposite, from the second batch on."""
+    model = build(halting="exit", exit_by="loss")
+    fit, weight, bias = ExitFit(model, target_depth=2, decay=0.5, ridge=1e-6), torch.randn(4, 32), torch.zeros(4)
+    for _ in range(30):
+        states, loss = linear_gains(500, weight, bias)
+        if fit.sums.any():
+            steps = torch.arange(1, 5)[:, None]
+            loss = torch.where(steps <= depths(fit, states), loss, -loss)
+        fit.update(states, loss)
+    torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-3, rtol=0)
+
+
+def test_bars_are_averages():
+    slow, fast = (ExitFit(build(halting="exit", exit_by="loss"), 3, bar_decay=decay) for decay in (0.75, 0.0))
+    weight, bias = torch.randn(4, 32), torch.zeros(4)
+    for shift in (0, 5):
+        before, batch = slow.bars.clone(), linear_gains(500, weight, bias + shift)
+        slow.update(*batch)
+        fast.update(*batch)
+    assert (fast.bars - before).min() > 0.5  # the loss has risen
+    torch.testing.assert_close(slow.bars, before + 0.25 * (fast.bars - before))
 
 
 def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():

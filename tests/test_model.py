@@ -262,8 +262,8 @@ def test_exit_values_are_what_the_next_step_wins(changes):
 
 @torch.no_grad()
 def test_exit_values_by_loss_are_those_of_the_whole_model():
-    model, tokens = build(halting="exit", tolerance=1.2, coda=1), text(length=41)
-    states, values = model.exit_values(tokens[:, :-1], tokens[:, 1:], by="loss")
+    model, tokens = build(halting="exit", exit_by="loss", tolerance=1.2, coda=1), text(length=41)
+    states, values = model.exit_values(tokens[:, :-1], tokens[:, 1:])
     out = model(tokens[:, :-1], tokens[:, 1:])
     assert states.shape == (4, *values.shape[1:], 32) and len(out.depth.unique()) > 2
     torch.testing.assert_close(values, out.nll.expand(4, -1, -1), atol=1e-5, rtol=0)

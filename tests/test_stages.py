@@ -519,9 +519,10 @@ def test_bad_settings_are_one_clear_line(workplace, monkeypatch, capsys, stage, 
     assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
 
 
-def test_a_model_with_an_exit_head_keeps_it(workplace, write_run, monkeypatch):
+@pytest.mark.parametrize("by", ["gain", "loss"])
+def test_a_model_with_an_exit_head_keeps_it(workplace, write_run, monkeypatch, by):
     """SFT trains the model and fits the head anew, at a tolerance for the target depth; DPO trains the model alone."""
-    write_run(workplace / "exit", halting="exit")
+    write_run(workplace / "exit", halting="exit", exit_by=by)
     changes = ["--init=./exit", "--out=./tuned", "--train.target_depth=2", "--train.exit_interval=1"]
     assert run(monkeypatch, "sft", *changes) == 0
     assert run(monkeypatch, "dpo", "--init=./tuned", "--out=./preferring", "--eval.answers=0") == 0
