@@ -177,9 +177,22 @@ class ExitFit:
         self.sums, self.bars = torch.zeros(N - 1, D + 2, D + 2, device=device), torch.zeros(N - 1, device=device)
 
     @torch.no_grad()
+    def examples(self, tokens, targets, memory=None, spans=None):
+        """What the head is fitted to: the states of every step but the last that it reads, (N - 1, B, T, D) float32, and
+        what it is to say of them, (N - 1, B, T) nats. For the arguments see the model's `forward`.
+        Tokens halt by the rule, so that the others see frozen keys and values as they will, but all states go on."""
+        model, states = self.model, []
+        nll = model(tokens, targets, memory, spans=spans, states=states).nll
+        features = torch.stack([model.features(h) for h in states[:-1]])
+        if model.config.exit_by == "loss":
+            return features, nll.expand(len(features), -1, -1)
+        targets, zeros = targets.to(nll.device, non_blocking=True), torch.zeros_like(nll)
+        nll = torch.stack([model.loss(model.read(h), targets, zeros)[1] for h in states])
+        return features, nll[:-1] - nll[1:]
+
+    @torch.no_grad()
     def update(self, states, values):
-        """Fit to states (N - 1, n, D) float32 of values (N - 1, n), too, see `model.exit_values`; not to what is not
-        finite."""
+        """Fit to states (N - 1, n, D) of values (N - 1, n), see `examples`, too; not to what is not finite."""
         rows = torch.cat([states, torch.ones_like(states[..., :1]), values[..., None]], -1)
         by_loss, fitted = self.model.config.exit_by == "loss", bool(self.sums.any())
         if by_loss and fitted:  # a state after the one that a token halted with says nothing

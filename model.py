@@ -420,21 +420,6 @@ class RecurrentTransformer(nn.Module):
         memory = memory.after(written, spans.live) if memory else None
         return Output(logits, loss, nll, taken, ponder, stacked, spans.context, memory)
 
-    @torch.no_grad()
-    def exit_values(self, tokens, targets, memory=None, spans=None):
-        """What the head of `halting = exit` is fitted to: the states of every step but the last that it reads,
-        (N - 1, B, T, D) float32, and (N - 1, B, T) nats: `exit_by` gain, what the next step then wins,
-        nll_n - nll_(n+1); or loss, the nll of the whole model.
-        Tokens halt by the rule, so that the others see frozen keys and values as they will, but all states go on."""
-        states = []
-        out = self(tokens, targets, memory, spans=spans, states=states)
-        features = torch.stack([self.features(h) for h in states[:-1]])
-        if self.config.exit_by == "loss":
-            return features, out.nll.expand(len(features), -1, -1)
-        targets, zeros = targets.to(out.nll.device, non_blocking=True), torch.zeros_like(out.nll)
-        nll = torch.stack([self.loss(self.read(h), targets, zeros)[1] for h in states])
-        return features, nll[:-1] - nll[1:]
-
     def spans(self, tokens, memory=None, one_by_one=False):
         """Which keys the tokens (B, T) will see, see `Spans`. Host work that can be done while the device is busy."""
         device, d = self.embedding.weight.device, self.config.width // self.config.heads

@@ -137,7 +137,7 @@ class Trainer:
     def fit_exit(self, part, memory, spans):
         """Fit the head of `halting = exit` to tokens that the model has not been trained on yet."""
         self.model.eval()
-        states, values = self.model.exit_values(part.tokens, part.targets, memory, spans)
+        states, values = self.exit.examples(part.tokens, part.targets, memory, spans)
         self.model.train()
         counts = (part.groups >= 0).to(values.device)
         self.exit.update(states[:, counts], values[:, counts])

@@ -47,7 +47,7 @@ def test_an_exit_head_that_is_fitted_and_its_tolerance_add_no_graph(graphs):
     part, depth = (tokens[:, :-1], tokens[:, 1:]), torch.arange(60).view(3, 20) % 6
     fit, found, depths = ExitFit(model, target_depth=3), [], []
     for _ in range(3):
-        states, gains = model.exit_values(*part)
+        states, gains = fit.examples(*part)
         fit.update(states.flatten(1, 2), gains.flatten(1))
         model(*part, depth=depth).loss.backward()
         with torch.no_grad():

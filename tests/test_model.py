@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import config
 import train
 from building import START, VARIANTS, V, build, run_segments, text, variants
-from halting import Packed
+from halting import ExitFit, Packed
 from kernels import rotate
 from model import LAST, ModelConfig, RecurrentTransformer, norm
 
@@ -242,39 +242,40 @@ def test_stable_states_halt_with_their_newest_state():
 
 @pytest.mark.parametrize("changes", [{}, {"injection": "hyper", "memory": "last_step"}], ids=["gain", "hyper"])
 @torch.no_grad()
-def test_exit_values_are_what_the_next_step_wins(changes):
+def test_an_exit_head_is_fitted_to_what_the_next_step_wins(changes):
     """At full depth by the nll of forced depths; where tokens halt, up to there, by what they come to."""
     model, tokens = build(halting="exit", tolerance=-99.0, **changes), text(length=41)
     tokens, targets, N = tokens[:, :-1], tokens[:, 1:], model.config.max_depth
     forced = torch.stack([model(tokens, targets, depth=n).nll for n in range(1, N + 1)])
-    states, gains = model.exit_values(tokens, targets)
+    states, gains = ExitFit(model).examples(tokens, targets)
     torch.testing.assert_close(gains, forced[:-1] - forced[1:], atol=1e-5, rtol=0)
     values = (states * model.halting.weight[:-1, None, None]).sum(-1) + model.halting.bias[:-1, None, None]
     model.set_tolerance(values.mean().item())
     out = model(tokens, targets)
     halted = out.depth < N
     assert torch.equal(out.depth == 1, values[0] < model.tolerance) and len(out.depth.unique()) == N
-    gains = model.exit_values(tokens, targets)[1]
+    gains = ExitFit(model).examples(tokens, targets)[1]
     taken = torch.arange(1, N)[:, None, None] < out.depth
     won = (gains * taken).sum(0)  # by the steps after the first
     torch.testing.assert_close(won[halted], (forced[0] - out.nll)[halted], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_exit_values_by_loss_are_those_of_the_whole_model():
+def test_an_exit_head_by_loss_is_fitted_to_that_of_the_whole_model():
     model, tokens = build(halting="exit", exit_by="loss", tolerance=1.2, coda=1), text(length=41)
-    states, values = model.exit_values(tokens[:, :-1], tokens[:, 1:])
+    states, values = ExitFit(model).examples(tokens[:, :-1], tokens[:, 1:])
     out = model(tokens[:, :-1], tokens[:, 1:])
     assert states.shape == (4, *values.shape[1:], 32) and len(out.depth.unique()) > 2
     torch.testing.assert_close(values, out.nll.expand(4, -1, -1), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_to_look_at_exit_values_leaves_the_memory_as_it_is():
+def test_to_look_at_examples_leaves_the_memory_as_it_is():
     model, tokens = build(halting="exit", tolerance=1.2), text(length=41)
     memory = model(tokens[:, :20], memory=model.new_memory(3, 24)).memory
     part = tokens[:, 20:40], tokens[:, 21:41], memory
-    first, out, again = model.exit_values(*part), model(*part), model.exit_values(*part)
+    fit = ExitFit(model)
+    first, out, again = fit.examples(*part), model(*part), fit.examples(*part)
     assert all(map(torch.equal, first, again))
     whole = model(tokens[:, :40], tokens[:, 1:41]).nll[:, 20:]
     torch.testing.assert_close(out.nll, whole, atol=1e-4, rtol=0)
