@@ -178,8 +178,8 @@ class ExitFit:
 
     @torch.no_grad()
     def examples(self, tokens, targets, memory=None, spans=None):
-        """What the head is fitted to: the states of every step but the last that it reads, (N - 1, B, T, D) float32, and
-        what it is to say of them, (N - 1, B, T) nats. For the arguments see the model's `forward`.
+        """What the head is fitted to: the states of every step but the last, as it reads them, (N - 1, B, T, D), and
+        what it is to say of them, (N - 1, B, T) nats, both float32. For the arguments see the model's `forward`.
         Tokens halt by the rule, so that the others see frozen keys and values as they will, but all states go on."""
         model, states = self.model, []
         nll = model(tokens, targets, memory, spans=spans, states=states).nll
