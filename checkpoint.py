@@ -225,10 +225,8 @@ def load_optimizers(model, optimizers, tensors):
         for key, value in tensors.items():
             name, _, buffer = key.rpartition("/")
             if parameters.get(name) in own:
-                # AdamW counts its steps on the host unless it is fused
-                on_device = buffer != "step" or optimizer.param_groups[0].get("fused")
                 p = parameters[name]
-                optimizer.state[p][buffer] = value.to(p.device if on_device else "cpu")
+                optimizer.state[p][buffer] = value.to(p.device)
 
 
 def memory_tensors(memories):
@@ -245,9 +243,10 @@ def read_memories(path, position, rows, micro, device):
     """A `Memory` for every `micro` of the global `rows` (a slice), however many processes wrote them."""
     files = sorted(path.glob("memory_*.safetensors"), key=lambda file: int(file.stem.split("_")[1]))
     parts = [read_tensors(path, file.stem) for file in files]
+    joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     memories = []
     for first in range(rows.start, rows.stop, micro):
-        own = {key: torch.cat([part[key] for part in parts])[first : first + micro] for key in parts[0]}
+        own = {key: x[first : first + micro] for key, x in joined.items()}
         slots = range((len(own) - 1) // 2)
         keys, values = ([own[f"{kind}.{i}"].to(device) for i in slots] for kind in ("keys", "values"))
         memories.append(Memory(Ring(keys, values, position), own["live"], position))

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
-from evaluate import as_text
+from evaluate import as_markdown, as_text, check_files
 from sample import InputError
+
+USED = ("name", "seed", "commit", "parameters", "tokens", "executed_flops", "tokens_per_second")
 
 
 def read(path):
@@ -30,7 +31,7 @@ def read(path):
         run = json.loads(file.read_text(encoding="utf-8"))
         if run["stage"] != "pretrain" or run["validation"] is None:
             raise InputError(f"{file}: of the stage {run['stage']}, or without held-out text; nothing to compare")
-        run["validation"]["macro"]["nats"], run["flops"], run["parameters"]
+        run["validation"]["macro"]["nats"], *map(run.__getitem__, USED)
         return run
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; train.py writes it at the end of a run") from None
@@ -41,7 +42,19 @@ def read(path):
 def table(runs, domains=False):
     """Header and rows; ratios are of perplexities, to the best run."""
     names = list(runs[0]["validation"]["domains"]) if domains else []
-    head = ["run", "perplexity", "ratio", "bits/byte", "depth", "M params", "PFLOP", "tokens/s", "seed", "commit"]
+    head = [
+        "run",
+        "perplexity",
+        "ratio",
+        "bits/byte",
+        "depth",
+        "M params",
+        "M tokens",
+        "PFLOP",
+        "tokens/s",
+        "seed",
+        "commit",
+    ]
     rows = [[*head, *names]]
     best = runs[0]["validation"]["macro"]["nats"]
     for run in runs:
@@ -49,8 +62,9 @@ def table(runs, domains=False):
         rows.append([
             run["name"], f"{np.exp(macro['nats']):.2f}", f"{np.exp(macro['nats'] - best):.3f}",
             f"{macro['bits_per_byte']:.4f}", f"{macro['depth']:.2f}", f"{run['parameters'] / 1e6:.1f}",
-            f"{run['executed_flops'] / 1e15:,.1f}", f"{run['tokens_per_second']:,.0f}", str(run["seed"]),
-            run["commit"] or "", *(f"{of[name]['bits_per_byte']:.3f} @ {of[name]['depth']:.1f}" for name in names),
+            f"{run['tokens'] / 1e6:,.3g}", f"{run['executed_flops'] / 1e15:,.1f}", f"{run['tokens_per_second']:,.0f}",
+            str(run["seed"]), run["commit"] or "",
+            *(f"{of[name]['bits_per_byte']:.3f} @ {of[name]['depth']:.1f}" for name in names),
         ])  # fmt: skip
     return rows
 
@@ -62,23 +76,19 @@ def is_fixed(run):
 
 def lines(runs):
     """Runs of fixed depths by the shape of their model, as names (without the number at the end) and parameters (to two
-    digits) tell it: [(name, runs, the shallowest first)] of every shape with several."""
+    digits) tell it, after as many tokens: [(name, runs, the shallowest first)] of every shape with several."""
     found = {}
     for run in sorted(filter(is_fixed, runs), key=lambda run: run["validation"]["macro"]["depth"]):
         name = run["name"].rstrip("0123456789").rstrip("_")
-        found.setdefault((name, f"{run['parameters']:.2g}"), []).append(run)
-    return [(name, line) for (name, _), line in found.items() if len(line) > 1]
+        found.setdefault((name, f"{run['parameters']:.2g}", run["tokens"]), []).append(run)
+    return [(name, line) for (name, *_), line in found.items() if len(line) > 1]
 
 
 def draw(runs, file):
-    """Perplexity against mean depth; runs: the best first. Raises `InputError` without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--figure needs matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
+    """Perplexity against mean depth; runs: the best first."""
     from matplotlib import pyplot, ticker
 
+    pyplot.switch_backend("Agg")
     _, axis = pyplot.subplots(figsize=(9, 4.5))
     place = lambda macro: (macro["depth"], np.exp(macro["nats"]))  # noqa: E731
     of_shapes = lines(runs)
@@ -110,19 +120,19 @@ def main(argv=None):
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw perplexity against mean depth")
     args = parser.parse_args(argv)
     try:
+        check_files(args.figure, args.markdown)
         runs = sorted(map(read, args.runs), key=lambda run: run["validation"]["macro"]["nats"])
-        of = runs[0]["validation"]["domains"].keys()
-        if odd := [run["name"] for run in runs if run["validation"]["domains"].keys() != of]:
-            raise InputError(f"{odd[0]} and {runs[0]['name']} were evaluated on other domains; compare like with like")
+        text = lambda run: {name: part["tokens"] for name, part in run["validation"]["domains"].items()}  # noqa: E731
+        if odd := [run["name"] for run in runs if text(run) != text(runs[0])]:
+            raise InputError(f"{odd[0]} and {runs[0]['name']} were evaluated on other text; compare like with like")
         rows = table(runs, args.domains)
         print(as_text(rows))
         if args.markdown:
-            head, *body = [f"| {' | '.join(row)} |" for row in rows]
-            args.markdown.write_text("\n".join([head, "| :-- |" + " --: |" * (len(rows[0]) - 1), *body]) + "\n")
+            args.markdown.write_text(as_markdown(rows) + "\n")
         if args.figure:
             draw(runs, args.figure)
         return 0
-    except (InputError, checkpoint.CheckpointError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -12,6 +12,7 @@ the key and the nearest right name, so that a typo never silently trains the wro
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -150,7 +151,7 @@ def _convert(value, kind, where, key):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    if type(value) is not kind:
+    if type(value) is not kind or kind is float and not math.isfinite(value):
         raise wrong
     return value
 

@@ -72,7 +72,8 @@ def read_topics(path, limit):
         for entry in sorted(filter(visible, path.iterdir())) if path.is_dir() else [path]:
             files = sorted(p for p in entry.rglob("*") if p.is_file() and visible(p)) if entry.is_dir() else [entry]
             name = entry.name if entry.is_dir() else Path(unpacked_name(entry)).stem
-            topics.setdefault(name, []).extend(encode(files, name, limit))
+            documents = topics.setdefault(name, [])  # a file and a folder may be of one topic
+            documents.extend(encode(files, name, limit - sum(len(of.tokens) - 1 for of in documents)))
         if not topics:
             raise InputError(f"{path}: an empty folder; put one sub-folder or one file a topic in it")
     if empty := [name for name, documents in topics.items() if not documents]:
@@ -288,17 +289,7 @@ def render(tables, max_depth, markdown=False):
         parts.append(depth_table("class", tables["classes"], max_depth, markdown))
     if "forced" in tables:
         parts.append(forced_table(tables))
-    return "\n\n".join(map(as_markdown if markdown else as_text, parts))
-
-
-def as_text(table):
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)
-
-
-def as_markdown(table):
-    rule = [":--"] + ["--:"] * (len(table[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]])
+    return "\n\n".join(map(evaluate.as_markdown if markdown else evaluate.as_text, parts))
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -340,8 +331,7 @@ def run(args):
 
     def score(documents, label, depth=args.depth):
         tokens = [document.tokens for document in documents]
-        memory = min(args.memory, max(map(len, tokens)))  # more would never be filled
-        return evaluate.score(model, tokens, memory, segment, args.rows, depth, label)
+        return evaluate.score(model, tokens, args.memory, segment, args.rows, depth, label)
 
     if args.text:  # read before the long work, like everything that can be wrong
         (documents,) = read_topics(args.text, args.tokens).values()

@@ -19,6 +19,7 @@ chat        of conversations the loss and depth of answers, by source; of prefer
 
 import argparse
 import heapq
+import importlib.util
 import json
 import sys
 import time
@@ -76,7 +77,7 @@ def score_pairs(model, pairs, memory, segment=512, rows=16, depth=None, progress
         for start, i in zip(accumulate((len(pairs[i][0]) for i in queue), initial=0), queue):
             packed[:, row, start : start + len(pairs[i][0])] = pairs[i]
 
-    state = model.new_memory(rows, memory)
+    state = model.new_memory(rows, min(memory, max(len(text) for text, _ in pairs)))  # more would never be filled
     nll, taken = np.empty((rows, length), np.float32), np.empty((rows, length), np.int64)
     hidden = None if progress else True  # None: shown on a terminal only
     for start in tqdm(range(0, length, segment), desc=progress, disable=hidden, unit="segment", leave=False):
@@ -190,8 +191,7 @@ def perplexity(args):
                 if sliding:
                     scores = score_sliding(model, documents, window, sliding, args.rows, depth, f"{name}, {label}")
                 else:
-                    memory = min(args.memory, max(map(len, documents)))  # more would never be filled
-                    scores = score(model, documents, memory, segment, args.rows, depth, f"{name}, {label}")
+                    scores = score(model, documents, args.memory, segment, args.rows, depth, f"{name}, {label}")
                 found[name] = summarize(scores)
             row = {
                 "depth": depth,
@@ -247,14 +247,10 @@ def context(args):
              "memory": memories, "buckets": names, "domains": {}}  # fmt: skip
     table = [["domain", "memory", *names, "nats", "- best", "± s.e."]]
     for name, documents in domains.items():
-        most = max(map(len, documents))  # more memory would never be filled
-        scores = [
-            score(model, documents, min(m, most), segment, args.rows, args.depth, f"{name}, memory {m}")
-            for m in memories
-        ]
+        scores = [score(model, documents, m, segment, args.rows, args.depth, f"{name}, memory {m}") for m in memories]
         sums, counts = (np.array(part) for part in zip(*(by_position(s, edges) for s in scores)))
         nats = sums.sum(1) / counts.sum(1)
-        best = int(nats.argmin())
+        best = len(nats) - 1 - int(nats[::-1].argmin())  # the last of equals: more memory than text is no wall
         changes = [compare(s, scores[best]) for s in scores]
         loss = [[float(a / b) if b else None for a, b in zip(*row)] for row in zip(sums, counts)]
         wall = memories[best] if best + 1 < len(memories) else None
@@ -266,7 +262,7 @@ def context(args):
             table.append(["" if i else name, str(memory), *cells, f"{nats[i]:.4f}", f"{changes[i][0]:+.4f}", error])
         table.append(["", "tokens", *(f"{n:,}" for n in counts[0]), f"{counts[0].sum():,}", "", ""])
     mean = np.mean([of["nats"] for of in found["domains"].values()], 0)
-    best = int(mean.argmin())
+    best = len(mean) - 1 - int(mean[::-1].argmin())
     found["macro"] = {"nats": mean.tolist(), "wall": memories[best] if best + 1 < len(memories) else None}
     for i, memory in enumerate(memories):
         blank = [""] * len(names)
@@ -282,13 +278,9 @@ def context(args):
 
 def draw(found, file):
     """Loss by position, a line a memory length, one panel a domain, and loss by memory length."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--figure needs matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.switch_backend("Agg")
     _, axes = pyplot.subplots(1, len(found["domains"]) + 1, figsize=(4 * len(found["domains"]) + 4, 3.6), squeeze=False)
     for axis, (name, of) in zip(axes[0], found["domains"].items()):
         for memory, losses in zip(found["memory"], of["by_position"]):
@@ -408,19 +400,33 @@ def check(args):
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
     check_seed(getattr(args, "seed", None))
-    for file in filter(None, (args.json, args.figure)):
+    check_files(args.figure, args.json)
+
+
+def check_files(figure, *others):
+    """Raises `InputError` for a file that cannot be written, or a figure that cannot be drawn; None: there is none."""
+    for file in filter(None, (figure, *others)):
         if file.is_dir():
             raise InputError(f"{file} is a folder; name a file")
         if not file.parent.is_dir():
             raise InputError(f"{file}: the folder {file.parent} does not exist; make it first")
+    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--figure {figure}: name a file that ends in .png, .pdf or .svg")
+    if figure and not importlib.util.find_spec("matplotlib"):
+        raise InputError("--figure needs matplotlib; pip install matplotlib")
 
 
 def as_text(table):
-    """Rows of cells, aligned: the first and any empty-headed column on the left. A row of one cell is a line."""
+    """Rows of cells, aligned: the first column and some others on the left. A row of one cell is a line."""
     widths = [max(map(len, column)) for column in zip(*(row for row in table if len(row) == len(table[0])))]
-    left = [not title or title in ("domain", "task", "metric", "source") for title in table[0]]
+    left = [not i or title in ("", "metric", "source") for i, title in enumerate(table[0])]
     cells = lambda row: (c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(row, widths, left))  # noqa: E731
     return "\n".join("  ".join(cells(row)).rstrip() if len(row) > 1 else "".join(row) for row in table)
+
+
+def as_markdown(table):
+    rule = [":--"] + ["--:"] * (len(table[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]])
 
 
 def main(argv=None):

@@ -163,18 +163,18 @@ class ExitFit:
     tolerance follows at which so many steps are taken on average: measured on text before the head is fitted to it.
     loss: the loss that the token has in the end. After every step a fixed share of all tokens goes on (`shares`), those
     of which the most is expected. The bar that they pass is taken off the bias, and the tolerance is 0. Bars are
-    averages over some batches of text that the head is fitted to as well, as one of thirty.
+    averages over some batches, by `bar_decay`, of text that the head is fitted to as well, as one of thirty.
 
     It is solved for, by normal equations with a ridge, as what a token wins says little (correlations of 0.1) and
     gradient steps learn nothing of it (docs/LOG.md). Older text counts less, `decay` a batch, as the model moves on.
-    sums: (N - 1, D + 2, D + 2), and bars: (N - 1,), are all that a checkpoint needs."""
+    sums: (N - 1, D + 2, D + 2), all that a checkpoint needs beside the model."""
 
     def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.5, bar_decay=0.8):
-        N, D, device = model.config.max_depth, model.config.width, model.embedding.weight.device
+        N, D = model.config.max_depth, model.config.width
         self.model, self.target_depth = model, target_depth
         self.decay, self.ridge, self.bar_decay = decay, ridge, bar_decay
         # features and value are one row: their products are Gram matrix and right side at once
-        self.sums, self.bars = torch.zeros(N - 1, D + 2, D + 2, device=device), torch.zeros(N - 1, device=device)
+        self.sums = torch.zeros(N - 1, D + 2, D + 2, device=model.embedding.weight.device)
 
     @torch.no_grad()
     def examples(self, tokens, targets, memory=None, spans=None):
@@ -194,10 +194,9 @@ class ExitFit:
     def update(self, states, values):
         """Fit to states (N - 1, n, D) of values (N - 1, n), see `examples`, too; not to what is not finite."""
         rows = torch.cat([states, torch.ones_like(states[..., :1]), values[..., None]], -1)
-        by_loss, fitted = self.model.config.exit_by == "loss", bool(self.sums.any())
+        by_loss, fitted, before = self.model.config.exit_by == "loss", bool(self.sums.any()), self.values(states)
         if by_loss and fitted:  # a state after the one that a token halted with says nothing
-            least = self.values(states).cummin(0).values
-            rows[1:] *= (least[:-1] >= self.model.tolerance)[..., None]
+            rows[1:] *= (before.cummin(0).values[:-1] >= self.model.tolerance)[..., None]
         products = rows.mT @ rows
         if dist.is_initialized():
             dist.all_reduce(products)
@@ -208,7 +207,7 @@ class ExitFit:
         self.sums.mul_(self.decay).add_(products)
         self.solve()
         if by_loss:
-            self.move_bars(states, 1 - self.bar_decay if fitted else 1.0)
+            self.set_bars(self.values(states), before, 1 - self.bar_decay if fitted else 1.0)
 
     def solve(self):
         D = self.sums.shape[1] - 2
@@ -228,21 +227,22 @@ class ExitFit:
         values[: self.model.config.min_depth - 1] = torch.inf
         return values
 
-    def move_bars(self, states, weight):
-        """Move the bars, by this weight, to where of the tokens with these states the wanted shares pass them."""
-        c, values = self.model.config, self.values(states)
-        active, count = torch.ones_like(values[0], dtype=torch.bool), values.shape[1]
+    def set_bars(self, values, before, weight):
+        """Take bars off a head that has none. values, before: (N - 1, n), what it says of some tokens, and what it said
+        when it had the old ones. weight: of bars that let the wanted shares of these tokens pass, beside the old."""
+        c, count = self.model.config, values.shape[1]
+        active = torch.ones_like(values[0], dtype=torch.bool)
         bars = torch.zeros(c.max_depth, device=values.device)  # times the tokens, whose number is the last
         bars[-1] = count
         for n, share in enumerate(shares(self.target_depth, c.min_depth, c.max_depth)[c.min_depth :], c.min_depth - 1):
             if count:  # another process may have all tokens
                 passing = torch.where(active, values[n], -torch.inf).topk(max(round(share * count), 1))
                 active = torch.zeros_like(active).index_fill(0, passing.indices, True)
-                bars[n] = count * passing.values[-1]
+                old = (values[n] - before[n]).mean()  # where the old bar lies to the new head
+                bars[n] = count * old.lerp(passing.values[-1], weight)
         if dist.is_initialized():
             dist.all_reduce(bars)
-        self.bars.lerp_(bars[:-1] / bars[-1], weight)
-        self.model.halting.bias[:-1] -= self.bars
+        self.model.halting.bias[:-1] -= bars[:-1] / bars[-1]
         self.model.set_tolerance(0.0)
 
     def steer(self, states):

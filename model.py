@@ -78,6 +78,8 @@ class ModelConfig:
             raise ValueError("'prelude' and 'coda' must be at least 0 and 'recur' at least 1")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"'width' {self.width} must be 'heads' ({self.heads}) times an even number (rotary pairs)")
+        if self.rope_base <= 0:
+            raise ValueError(f"'rope_base' must be above 0, not {self.rope_base}")
         if not 0 < self.halting_eps < 1:
             raise ValueError(f"'halting_eps' must lie between 0 and 1, not {self.halting_eps}")
         if not 1 <= self.min_depth <= self.max_depth or self.min_depth > 1 and self.halting == "act":
@@ -92,7 +94,9 @@ class ModelConfig:
         if self.tolerance < 0 and self.halting != "exit":
             raise ValueError(f"'tolerance' must not be negative, as {self.tolerance} is")
         if not self.share and self.memory == "last_step":
-            raise ValueError("'memory = last_step' needs 'share = true': own blocks cannot read each other's keys")
+            raise ValueError(
+                "'memory = last_step' needs 'share = true': it has one slot for all steps' keys and values"
+            )
         if not 0 <= self.document_start < self.vocab_size:
             raise ValueError(f"'document_start' {self.document_start} is not in the vocabulary of {self.vocab_size}")
 
@@ -106,9 +110,9 @@ class ModelConfig:
 class Output:
     """Of one segment. logits: (B, T, padded V), or of the tokens to `keep`; None where `targets` were given; then loss:
     the weighted sum of nll (or a function of it), to differentiate, and nll: (B, T) float32 nats, to report; depth:
-    (B, T) int64 steps used, Graves' N(t); ponder: (B, T) float32, N(t) + R(t); weights: (steps, B, T) of the states in
-    the output, or None where halting is fixed; context: mean number of visible keys; memory: for the next segment, or
-    None."""
+    (B, T) int64 steps used, Graves' N(t); ponder: (B, T) float32, N(t) + R(t) of ACT; weights: (steps run, B, T) of the
+    states in the output, or None where that is simply the last state; context: mean number of visible keys; memory: for
+    the next segment, or None."""
 
     logits: torch.Tensor | None
     loss: torch.Tensor | None
@@ -439,6 +443,7 @@ class RecurrentTransformer(nn.Module):
         return list(zip([gemms] * self.uses, self.scales.of_uses() if in_fp8 else [None] * self.uses))
 
     def run_block(self, block, x, rope, spans, past, gemms):
+        """One block of prelude or coda, x (B, T, D): its output and (keys, values)."""
         gains = unit(None, x.dtype)
         attended, kv = block.attend(x, gains, rope, spans, past, gemms)
         return block.finish(x, attended, gains, gemms, self.recompute == "mlp" and torch.is_grad_enabled()), kv

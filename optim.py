@@ -69,7 +69,7 @@ def guard(optimizers, norm, finite, limit):
 def _mark_changed(optimizer, *_):
     """Raise the version counters of the parameters, by which `fp8.Weight` goes: fused and compiled updates do not."""
     for group in optimizer.param_groups:
-        torch.autograd.graph.increment_version(group["params"])
+        torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
 
 
 class Muon(torch.optim.Optimizer):

@@ -106,6 +106,8 @@ def load_model(args):
     if args.depth is not None and not 1 <= args.depth <= model.config.max_depth:
         raise InputError(f"--depth {args.depth} is outside 1..{model.config.max_depth}, the depths of this model")
     if args.tolerance is not None:
+        if args.depth is not None:
+            raise InputError("--depth forces the steps of every token; leave --tolerance out")
         set_tolerance(model, args.tolerance)
     model.weight_format = weight_format(args.weights, model)
     if args.memory is None:
@@ -127,6 +129,8 @@ def set_tolerance(model, tolerance):
     """Make tokens halt by this tolerance, see `ModelConfig.halting`. Raises `InputError`."""
     if model.config.halting == "act":
         raise InputError(f"--tolerance {tolerance} is for models without a head for ACT, and this one has one")
+    if not math.isfinite(tolerance):
+        raise InputError(f"--tolerance {tolerance} is not a finite number")
     rule = "exit" if model.config.halting == "exit" else "stability"
     try:
         model.config = replace(model.config, halting=rule)

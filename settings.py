@@ -118,6 +118,7 @@ class Config:
             self.check_depths()
 
     def check_depths(self):
+        """Raises ValueError for depths and a halting rule that do not go together."""
         if wrong := [k for k in self.eval.depths if not 1 <= k <= self.model.max_depth]:
             raise ValueError(f"'eval.depths' has {wrong[0]}; this model's depths are 1..{self.model.max_depth}")
         halting, t = self.model.halting, self.train
@@ -127,10 +128,11 @@ class Config:
             raise ValueError("'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by = token'")
         if t.frozen and (halting != "exit" or not self.init or t.sampled_depth):
             raise ValueError("'train.frozen' needs 'model.halting = exit' and 'init', and no 'train.sampled_depth'")
-        if self.model.exit_by == "loss" and self.stage != "dpo" and t.target_depth < self.model.min_depth:
+        fits = halting == "exit" and self.stage != "dpo" and (t.target_depth or self.model.exit_by == "loss")
+        if fits and t.target_depth < self.model.min_depth:
             raise ValueError(
-                "'model.exit_by = loss' needs a 'train.target_depth' of at least 'model.min_depth' "
-                f"({self.model.min_depth}), not {t.target_depth}"
+                f"'train.target_depth' must be at least 'model.min_depth' ({self.model.min_depth}), not "
+                f"{t.target_depth}; 'model.exit_by = loss' needs one"
             )
         if t.sampled_by == "token" and not t.sampled_depth:
             raise ValueError("'train.sampled_by = token' has no use without 'train.sampled_depth', the mean")
@@ -151,17 +153,20 @@ class Config:
                 f"{before.get(self.stage, self.stage)}"
             )
         model = config.from_dict(meta["config"]["model"], ModelConfig, self.init)
-        # [model] may be left out, or say by which other rule to halt
-        rule = {key: getattr(self.model, key) for key in ("halting", "exit_by", "tolerance")}
+        # [model] may be left out, or say by which other rule to halt, beside all else or nothing
+        rule = {key: getattr(self.model, key) for key in ("halting", "exit_by", "tolerance", "min_depth")}
         if self.model == ModelConfig():
             rule = {}
-        elif self.model not in (model, dataclasses.replace(ModelConfig(), **rule)):
-            old, new = (dataclasses.asdict(x) for x in (model, self.model))
-            changes = "; ".join(config.differences(old, new, "model."))
-            raise ConfigError(f"'init' {self.init} is of another architecture: {changes}. Leave [model] out")
         if self.stage == "dpo" and rule.get("halting") == "exit" != model.halting:
             raise ConfigError(f"'init' {self.init} has no head for 'model.halting = exit', and the stage dpo fits none")
         try:
+            if rule and self.model not in (dataclasses.replace(x, **rule) for x in (model, ModelConfig())):
+                old, new = (dataclasses.asdict(x) for x in (model, self.model))
+                changes = "; ".join(config.differences(old, new, "model."))
+                raise ConfigError(
+                    f"'init' {self.init} is of another architecture: {changes}. Leave [model] out, but for its rule: "
+                    f"{', '.join(rule)}"
+                )
             cfg = dataclasses.replace(self, model=dataclasses.replace(model, **rule))
             cfg.check_depths()
             return cfg

@@ -105,7 +105,8 @@ class Trainer:
         self.peak = (self.t.peak_tflops or peak_tflops(self.device, dtype, self.model.scales is not None)) * 1e12
         self.wrapped = self.model
         if self.world > 1:
-            self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False)
+            unused = not cfg.model.share  # a forced depth leaves out blocks
+            self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False, find_unused_parameters=unused)
 
     def _use_fp8(self):
         """FP8 if this device can; else say why not, and train in bfloat16."""
@@ -232,7 +233,7 @@ class Trainer:
             "lr": factor * self.cfg.optim.lr,
             "memory": length,
         }
-        if not self.bad_in_a_row:
+        if not (self.bad_in_a_row or warming):  # no lambda moves a depth that is forced
             self.ponder.update(metrics["depth"])
         self.step += 1
         return metrics | {"bad_steps": self.bad_steps}
@@ -258,7 +259,7 @@ class Trainer:
         if self.model.scales is not None:
             state["fp8/history"] = self.model.scales.history
         if self.exit:
-            state["exit/sums"], state["exit/bars"] = self.exit.sums, self.exit.bars
+            state["exit/sums"] = self.exit.sums
         checkpoint.write_tensors(path, "optimizer", state)
         meta = {
             "step": self.step,
@@ -287,6 +288,7 @@ class Trainer:
         old["model"] = dataclasses.asdict(ModelConfig()) | old["model"]  # of before a knob: with its default
         if self.exit and self.t.target_depth:  # it has moved
             new["model"]["tolerance"] = old["model"]["tolerance"]
+        old["model"]["tolerance"] = new["model"]["tolerance"]  # a dial: no weight depends on it
         if changed := list(config.differences(old["model"], new["model"], "model.")):
             raise checkpoint.CheckpointError(
                 f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"
@@ -307,6 +309,11 @@ class Trainer:
                 f"{' or '.join(self.stage.digests)} is not the one that {path} was trained on. Prepare it as it was, "
                 f"or choose another `out`"
             )
+        if meta["step"] > self.steps:
+            raise ConfigError(
+                f"{path} is beyond step {self.steps}, the last of this configuration. Train longer, or choose another "
+                "`out`"
+            )
         checkpoint.load_weights(self.model, path, self.device)
         state = checkpoint.read_tensors(path, "optimizer")
         torch.set_rng_state(state.pop("random/cpu"))
@@ -316,7 +323,6 @@ class Trainer:
             self.model.scales.load(state["fp8/history"])
         if self.exit:
             self.exit.sums.copy_(state.pop("exit/sums"))
-            self.exit.bars.copy_(state.pop("exit/bars", self.exit.bars))  # there were none once
             self.model.set_tolerance(new["model"]["tolerance"])
             self.cfg.model = self.model.config
         checkpoint.load_optimizers(self.model, self.optimizers, state)
@@ -420,7 +426,7 @@ class Trainer:
     def report(self, log):
         """Evaluate, log and print it, and mark the checkpoint of this step if it is the best so far."""
         self.model.eval()
-        result = self.stage.evaluate(memory_length(min(self.step / self.steps, 1 - 1e-9), self.t.memory))
+        result = self.stage.evaluate(memory_length(self.step / self.steps, self.t.memory))
         self.model.train()
         if result is None:
             return
@@ -438,9 +444,11 @@ class Trainer:
             start = "before training" if first["step"] == 0 else f"at step {first['step']}"
             print(f"validation loss: {first['loss']:.4f} {start}, {last['loss']:.4f} trained")
         newest = checkpoint.steps(self.folder)[-1]
-        summary = self.out / "summary.json"
-        summary.write_text(json.dumps(self.summarize(log), indent=1) + "\n")
-        print(f"finished at step {self.step}: {newest}\nmetrics: {self.metrics_file}, {summary}")
+        print(f"finished at step {self.step}: {newest}\nmetrics: {self.metrics_file}")
+        if any(line["event"] == "train" for line in log.lines):  # else they were deleted
+            summary = self.out / "summary.json"
+            summary.write_text(json.dumps(self.summarize(log), indent=1) + "\n")
+            print(f"summary: {summary}")
 
     def summarize(self, log):
         """What the run was and what came of it, to compare runs by: a row of a table. FLOPs are those of the steps that

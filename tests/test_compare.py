@@ -9,13 +9,13 @@ import compare
 
 
 def write(folder, name, nats, depths, forced=None, **changes):
-    parts = {domain: {"nats": nats, "bits_per_byte": nats / 3, "depth": d} for domain, d in depths.items()}
+    parts = {domain: {"nats": nats, "bits_per_byte": nats / 3, "depth": d, "tokens": 9} for domain, d in depths.items()}
     macro = {"nats": nats, "bits_per_byte": nats / 3, "depth": sum(depths.values()) / len(depths)}
     validation = {"macro": macro, "domains": parts}
     if forced:
         validation["forced"] = {str(k): {"nats": x, "bits_per_byte": x / 3, "depth": k} for k, x in forced.items()}
     run = {"name": name, "stage": "pretrain", "commit": "abc", "seed": 1, "parameters": 110_248_977, "flops": 1e18}
-    run |= {"executed_flops": 2e18, "tokens_per_second": 180_000.0, "validation": validation}
+    run |= {"executed_flops": 2e18, "tokens": 60_000_000, "tokens_per_second": 180_000.0, "validation": validation}
     (folder / name).mkdir()
     (folder / name / "summary.json").write_text(json.dumps(run | changes))
     return str(folder / name)
@@ -46,7 +46,7 @@ def test_runs_are_ranked_and_drawn(tmp_path, capsys):
         ({"stage": "sft"}, "of the stage sft"),
         ({"validation": None}, "without held-out text"),
         ({"validation": {"macro": {}}}, "not a summary of train.py"),
-        ({"validation": {"macro": {"nats": 1.0}, "domains": {}}}, "evaluated on other domains"),
+        ({"validation": {"macro": {"nats": 1.0}, "domains": {}}}, "evaluated on other text"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, change, message):

@@ -83,15 +83,18 @@ def test_an_exit_head_by_loss_is_not_fitted_to_states_of_halted_tokens():
     torch.testing.assert_close(model.halting.weight[:-1], weight, atol=1e-3, rtol=0)
 
 
-def test_bars_are_averages():
-    slow, fast = (ExitFit(build(halting="exit", exit_by="loss"), 3, bar_decay=decay) for decay in (0.75, 0.0))
+def test_bars_are_averages_and_move_with_the_head():
+    fits = [ExitFit(build(halting="exit", exit_by="loss"), 3, bar_decay=decay) for decay in (1.0, 0.75, 0.0)]
     weight, bias = torch.randn(4, 32), torch.zeros(4)
     for shift in (0, 5):
-        before, batch = slow.bars.clone(), linear_gains(500, weight, bias + shift)
-        slow.update(*batch)
-        fast.update(*batch)
-    assert (fast.bars - before).min() > 0.5  # the loss has risen
-    torch.testing.assert_close(slow.bars, before + 0.25 * (fast.bars - before))
+        states, loss = linear_gains(500, weight, bias + shift)
+        before = fits[0].values(states)
+        for fit in fits:
+            fit.update(states, loss)
+    still, slow, fast = (fit.model.halting.bias[:-1] for fit in fits)
+    assert not torch.allclose(still, fast, atol=0.1)
+    torch.testing.assert_close(fits[0].values(states).mean(1), before.mean(1), atol=1e-4, rtol=0)  # though losses rose
+    torch.testing.assert_close(slow, still.lerp(fast, 0.25))
 
 
 def test_a_fitted_exit_head_follows_its_model_and_goes_on_from_its_sums():

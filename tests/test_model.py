@@ -315,7 +315,7 @@ def test_the_ponder_cost_has_gradient_through_the_remainder():
 def test_leaving_out_halted_tokens_changes_nothing(changes, slots, monkeypatch):
     """By multiples or by shares, whether the host knows before a step how many are active or behind its attention."""
     if slots == "last_step" and not changes.get("share", True):
-        pytest.skip("own blocks cannot read each other's keys")
+        pytest.skip("one slot for all each other's keys")
     model, tokens, packed = build(**changes, memory=slots), text(), []
     of = Packed.of
     monkeypatch.setattr(Packed, "of", lambda active, rows: packed.append((int(active.sum()), rows)) or of(active, rows))
@@ -546,7 +546,7 @@ def test_flops_know_shared_weights_and_depth():
     [
         ({"heads": 5}, "'width' 32 must be 'heads'"),
         ({"recur": 0}, "'recur' at least 1"),
-        ({"share": False, "memory": "last_step"}, "own blocks cannot read"),
+        ({"share": False, "memory": "last_step"}, "one slot for all"),
         ({"halting_eps": 1.5}, "'halting_eps' must lie between 0 and 1"),
         ({"document_start": V}, "not in the vocabulary"),
     ],
