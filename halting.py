@@ -169,7 +169,7 @@ class ExitFit:
     gradient steps learn nothing of it (docs/LOG.md). Older text counts less, `decay` a batch, as the model moves on.
     sums: (N - 1, D + 2, D + 2), all that a checkpoint needs beside the model."""
 
-    def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.5, bar_decay=0.8):
+    def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.5, bar_decay=0.5):
         N, D = model.config.max_depth, model.config.width
         self.model, self.target_depth = model, target_depth
         self.decay, self.ridge, self.bar_decay = decay, ridge, bar_decay
