@@ -32,6 +32,7 @@ def read(path):
         if run["stage"] != "pretrain" or run["validation"] is None:
             raise InputError(f"{file}: of the stage {run['stage']}, or without held-out text; nothing to compare")
         run["validation"]["macro"]["nats"], *map(run.__getitem__, USED)
+        [part["tokens"] for part in run["validation"]["domains"].values()]
         return run
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; train.py writes it at the end of a run") from None

@@ -47,6 +47,7 @@ def test_runs_are_ranked_and_drawn(tmp_path, capsys):
         ({"validation": None}, "without held-out text"),
         ({"validation": {"macro": {}}}, "not a summary of train.py"),
         ({"validation": {"macro": {"nats": 1.0}, "domains": {}}}, "evaluated on other text"),
+        ({"validation": {"macro": {"nats": 1.0}}}, "not a summary of train.py"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, change, message):

@@ -220,6 +220,13 @@ def test_perplexity_of_the_runs_own_data(tmp_path, write_run, write_prepared, ca
     assert code == 0 and "memory 0" in out and "prose" in out and "macro" in out
 
 
+def test_memory_that_no_text_fills_is_no_wall(run_folder, texts, tmp_path, capsys):
+    json_file = tmp_path / "c.json"
+    assert run(capsys, "context", run_folder, "--data", texts, "--memory", 5000, 9000, "--json", json_file)[0] == 0
+    found = json.loads(json_file.read_text())
+    assert found["macro"]["nats"][0] == found["macro"]["nats"][1] and found["macro"]["wall"] is None
+
+
 def test_context_command(run_folder, texts, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     json_file, figure = tmp_path / "c.json", tmp_path / "c.png"
@@ -283,6 +290,7 @@ def test_bad_input_is_one_line(run_folder, texts, tmp_path, capsys, monkeypatch)
         (["perplexity", run_folder, "--data", texts, "--tokens", 0], "--tokens 0"),
         (["context", run_folder, "--data", texts, "--memory", 8, -1], "--memory -1 is negative"),
         (["context", run_folder, "--data", texts, "--figure", tmp_path / "no" / "c.png"], "does not exist"),
+        (["context", run_folder, "--data", texts, "--figure", tmp_path / "c.foo"], "ends in .png, .pdf or .svg"),
         (["zeroshot", run_folder], "pip install lm-eval"),
     ]
     monkeypatch.delitem(sys.modules, "zeroshot", raising=False)

@@ -499,6 +499,23 @@ def test_warming_up_takes_one_depth_and_fits_nothing(workplace, monkeypatch):
     assert fits == list(range(STEPS // 2, STEPS, 2))
 
 
+def test_lambda_rests_while_the_depth_is_forced(workplace, monkeypatch):
+    assert run(monkeypatch, "--train.warm_up=0.5", "--train.ponder_rate=0.01") == 0
+    values = [line["ponder_weight"] for line in curve(workplace / "run") if line["event"] == "train"]
+    assert values[: STEPS // 2 + 1] == [0.01] * (STEPS // 2 + 1) and len(set(values)) > STEPS // 2 - 2
+
+
+def test_another_halting_rule_goes_with_the_model_in_full(workplace, monkeypatch, capsys):
+    """Or with nothing of it; an architecture that differs is refused."""
+    assert run(monkeypatch, "--out=./base") == 0
+    changes = ["--init=./base", "--model.halting=exit", "--model.exit_by=loss", "--train.ponder_weight=0"]
+    assert run(monkeypatch, *changes, "--model.min_depth=2", "--out=./full") == 0
+    model, _ = checkpoint.load_model("./full")
+    assert (model.config.halting, model.config.exit_by, model.config.min_depth) == ("exit", "loss", 2)
+    capsys.readouterr()
+    assert "model.hidden: 32 -> 48" in refused(monkeypatch, capsys, *changes, "--model.hidden=48", "--out=./other")
+
+
 @pytest.mark.parametrize("by", ["gain", "loss"])
 def test_an_exit_head_is_fitted_to_a_frozen_model(workplace, monkeypatch, capsys, by):
     """Of a model without one; the same command goes on after a stop, and nothing else changes."""
@@ -560,6 +577,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
     monkeypatch.chdir(folder)
     assert "another architecture: model.width: 16 -> 32" in refused(monkeypatch, capsys, "--model.width=32")
     assert "'train.batch_size' was 4" in refused(monkeypatch, capsys, "--train.batch_size=8")
+    assert f"is beyond step {STEPS // 2}" in refused(monkeypatch, capsys, f"--train.tokens={STEPS // 2 * 4 * 16}")
     newest = checkpoint.find("run")
     manifest = folder / "data/manifest.json"
     original = manifest.read_text()
