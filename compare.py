@@ -43,19 +43,8 @@ def read(path):
 def table(runs, domains=False):
     """Header and rows; ratios are of perplexities, to the best run."""
     names = list(runs[0]["validation"]["domains"]) if domains else []
-    head = [
-        "run",
-        "perplexity",
-        "ratio",
-        "bits/byte",
-        "depth",
-        "M params",
-        "M tokens",
-        "PFLOP",
-        "tokens/s",
-        "seed",
-        "commit",
-    ]
+    head = ["run", "perplexity", "ratio", "bits/byte", "depth", "M params", "M tokens", "PFLOP", "tokens/s", "seed",
+            "commit"]  # fmt: skip
     rows = [[*head, *names]]
     best = runs[0]["validation"]["macro"]["nats"]
     for run in runs:

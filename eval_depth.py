@@ -306,11 +306,7 @@ def check(args):
         raise InputError(f"--text {args.text} is the text of a map; add --map FILE.html")
     if args.text and not args.text.is_file():
         raise InputError(f"--text {args.text}: no such file; name one text file")
-    for file in filter(None, (args.json, args.markdown, args.map)):
-        if file.is_dir():
-            raise InputError(f"{file} is a folder; name a file")
-        if not file.parent.is_dir():
-            raise InputError(f"{file}: the folder {file.parent} does not exist; make it first")
+    evaluate.check_files(None, args.json, args.markdown, args.map)
 
 
 def write_map(scores, max_depth, title, file):

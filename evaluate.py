@@ -77,7 +77,7 @@ def score_pairs(model, pairs, memory, segment=512, rows=16, depth=None, progress
         for start, i in zip(accumulate((len(pairs[i][0]) for i in queue), initial=0), queue):
             packed[:, row, start : start + len(pairs[i][0])] = pairs[i]
 
-    state = model.new_memory(rows, min(memory, max(len(text) for text, _ in pairs)))  # more would never be filled
+    state = model.new_memory(rows, min(memory, max((len(text) for text, _ in pairs), default=0)))  # no more is filled
     nll, taken = np.empty((rows, length), np.float32), np.empty((rows, length), np.int64)
     hidden = None if progress else True  # None: shown on a terminal only
     for start in tqdm(range(0, length, segment), desc=progress, disable=hidden, unit="segment", leave=False):
@@ -425,6 +425,7 @@ def as_text(table):
 
 
 def as_markdown(table):
+    """Rows of cells as a table of Markdown, the first column on the left."""
     rule = [":--"] + ["--:"] * (len(table[0]) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]])
 

@@ -194,7 +194,8 @@ class ExitFit:
     def update(self, states, values):
         """Fit to states (N - 1, n, D) of values (N - 1, n), see `examples`, too; not to what is not finite."""
         rows = torch.cat([states, torch.ones_like(states[..., :1]), values[..., None]], -1)
-        by_loss, fitted, before = self.model.config.exit_by == "loss", bool(self.sums.any()), self.values(states)
+        by_loss, fitted = self.model.config.exit_by == "loss", bool(self.sums.any())
+        before = self.values(states) if by_loss else None
         if by_loss and fitted:  # a state after the one that a token halted with says nothing
             rows[1:] *= (before.cummin(0).values[:-1] >= self.model.tolerance)[..., None]
         products = rows.mT @ rows

@@ -288,7 +288,8 @@ class Trainer:
         old["model"] = dataclasses.asdict(ModelConfig()) | old["model"]  # of before a knob: with its default
         if self.exit and self.t.target_depth:  # it has moved
             new["model"]["tolerance"] = old["model"]["tolerance"]
-        old["model"]["tolerance"] = new["model"]["tolerance"]  # a dial: no weight depends on it
+        else:  # a dial: no weight depends on it
+            old["model"]["tolerance"] = new["model"]["tolerance"]
         if changed := list(config.differences(old["model"], new["model"], "model.")):
             raise checkpoint.CheckpointError(
                 f"{path} is of another architecture: {'; '.join(changed)}. Choose another `out`, or delete {self.out}"

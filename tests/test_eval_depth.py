@@ -164,6 +164,8 @@ def test_tokens_are_capped_per_topic(texts):
     first = len(encode("Who is there?"))
     assert [len(d.tokens) - 1 for d in topics["play"]] == [first, 12 - first]
     assert [len(d.tokens) - 1 for d in topics["poem"]] == [12]
+    (texts / "poem.md").write_text("One more of the same topic.")
+    assert sum(len(d.tokens) - 1 for d in eval_depth.read_topics(texts, 12)["poem"]) == 12
 
 
 def test_lines_compressed_by_gzip_are_a_topic(tmp_path):

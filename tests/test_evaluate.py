@@ -272,6 +272,7 @@ def test_an_exit_head_has_a_tolerance_of_its_own(tmp_path, write_run, texts, cap
     write_run(tmp_path, halting="exit", tolerance=0.7)
     argv = ["--data", texts, "--tolerance", -99, 0.7, 99, "--sliding", 64, "--json", tmp_path / "t.json"]
     assert run(capsys, "perplexity", tmp_path, *argv, "--device", "cpu")[0] == 0
+    assert run(capsys, "perplexity", tmp_path, "--data", texts, "--tolerance", "nan")[0] == 2
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
     for part in (rows[:4], rows[4:]):
         depths = [row["macro"]["depth"] for row in part]

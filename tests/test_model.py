@@ -315,7 +315,7 @@ def test_the_ponder_cost_has_gradient_through_the_remainder():
 def test_leaving_out_halted_tokens_changes_nothing(changes, slots, monkeypatch):
     """By multiples or by shares, whether the host knows before a step how many are active or behind its attention."""
     if slots == "last_step" and not changes.get("share", True):
-        pytest.skip("one slot for all each other's keys")
+        pytest.skip("one slot for all steps' keys and values")
     model, tokens, packed = build(**changes, memory=slots), text(), []
     of = Packed.of
     monkeypatch.setattr(Packed, "of", lambda active, rows: packed.append((int(active.sum()), rows)) or of(active, rows))

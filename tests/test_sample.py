@@ -473,6 +473,7 @@ def test_drafts_leave_the_greedy_text_as_it_is(run_folder, capsys):
         (["--draft", "2"], "--draft 2: write steps and tokens as two whole numbers, 2x3"),
         (["--draft", ""], "--draft : write"),
         (["--tolerance", "0.1"], "--tolerance 0.1 is for models without a head for ACT"),
+        (["--tolerance", "0.1", "--depth", "2"], "--depth forces the steps of every token; leave --tolerance out"),
         (["--device", "abacus"], "the device 'abacus'"),
         (["--device", "cuda:99"], "the device 'cuda:99'"),
         (["--checkpoint", "nowhere"], "nowhere: no such folder"),
