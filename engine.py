@@ -422,8 +422,8 @@ def has_kernels(model, rows, top_k=None, top_p=1.0):
 def unfit(model, rows):
     """Why an `Engine` cannot run this model, or None."""
     c = model.config
-    if c.prelude or c.coda or c.recur > 1:
-        return "it is for one recurrent block, without prelude and coda"
+    if c.prelude or c.coda or c.recur > 1 or c.finish:
+        return "it is for one recurrent block, without prelude, coda and finish"
     if not c.share and rows > 1:
         return "own blocks at every step cannot be shared by rows at different steps; give it one row"
     if c.injection in ("concat_linear", "hyper"):

@@ -342,7 +342,7 @@ def run(args):
         if args.forced:
             forced = [
                 {name: evaluate.summarize(score(docs, f"{name}, depth {k}", k)) for name, docs in topics.items()}
-                for k in range(1, N + 1)
+                for k in model.config.depths
             ]
             tables["forced"] = {name: [row[name]["perplexity"] for row in forced] for name in topics}
             tables["forced"]["macro"] = [evaluate.macro(row)["perplexity"] for row in forced]

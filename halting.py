@@ -170,7 +170,7 @@ class ExitFit:
     sums: (N - 1, D + 2, D + 2), all that a checkpoint needs beside the model."""
 
     def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.5, bar_decay=0.5):
-        N, D = model.config.max_depth, model.config.width
+        N, D = len(model.config.depths), model.config.width
         self.model, self.target_depth = model, target_depth
         self.decay, self.ridge, self.bar_decay = decay, ridge, bar_decay
         # features and value are one row: their products are Gram matrix and right side at once
@@ -225,7 +225,7 @@ class ExitFit:
         A token goes on after n steps where the least of its first n values reaches the tolerance."""
         head = self.model.halting
         values = torch.einsum("snd,sd->sn", states, head.weight[:-1]) + head.bias[:-1, None]
-        values[: self.model.config.min_depth - 1] = torch.inf
+        values[: self.model.config.first_exit] = torch.inf
         return values
 
     def set_bars(self, values, before, weight):
@@ -233,9 +233,10 @@ class ExitFit:
         when it had the old ones. weight: of bars that let the wanted shares of these tokens pass, beside the old."""
         c, count = self.model.config, values.shape[1]
         active = torch.ones_like(values[0], dtype=torch.bool)
-        bars = torch.zeros(c.max_depth, device=values.device)  # times the tokens, whose number is the last
+        bars = torch.zeros(len(values) + 1, device=values.device)  # times the tokens, whose number is the last
         bars[-1] = count
-        for n, share in enumerate(shares(self.target_depth, c.min_depth, c.max_depth)[c.min_depth :], c.min_depth - 1):
+        going = shares(self.target_depth - c.finish, c.first_exit + 1, len(c.depths))
+        for n, share in enumerate(going[c.first_exit + 1 :], c.first_exit):
             if count:  # another process may have all tokens
                 passing = torch.where(active, values[n], -torch.inf).topk(max(round(share * count), 1))
                 active = torch.zeros_like(active).index_fill(0, passing.indices, True)

@@ -47,6 +47,7 @@ class ModelConfig:
     coda: int = 0  # C own blocks after it
     max_depth: int = 8  # N, how often the R blocks are applied
     share: bool = True  # false: N x R own blocks, a stacked transformer
+    finish: bool = False  # step N is taken by all tokens, behind the steps that they have chosen: it reads those states
     # Who decides on the depth of a token: nobody (fixed); a head that is trained with the model (act); or, with the
     # newest state as output, a head that is fitted along with training (exit, see halting.ExitFit), once its value is
     # below `tolerance`; or the state itself (stability), once a step changes it, normalised, by less than that (RMS).
@@ -86,11 +87,13 @@ class ModelConfig:
             raise ValueError(f"'min_depth' {self.min_depth} must lie in 1..'max_depth', and be 1 with 'halting = act'")
         if self.exit_by == "loss" and not (self.halting == "exit" and self.min_depth < self.max_depth):
             raise ValueError("'exit_by = loss' needs 'halting = exit' and a 'min_depth' below 'max_depth'")
-        if self.halting == "exit" and self.exit_by == "gain" and self.coda:
+        if self.halting == "exit" and self.exit_by == "gain" and (self.coda or self.finish):
             raise ValueError(
-                "'halting = exit' with a 'coda' needs 'exit_by = loss': what a step wins is read from its state, which "
-                "the coda has not seen"
+                "'halting = exit' with a 'coda' or 'finish' needs 'exit_by = loss': what a step wins is read from its "
+                "state, which these have not seen"
             )
+        if self.finish and (self.max_depth < 2 or self.injection == "hyper"):
+            raise ValueError("'finish' needs a 'max_depth' of at least 2, and no 'injection = hyper'")
         if self.tolerance < 0 and self.halting != "exit":
             raise ValueError(f"'tolerance' must not be negative, as {self.tolerance} is")
         if not self.share and self.memory == "last_step":
@@ -99,6 +102,16 @@ class ModelConfig:
             )
         if not 0 <= self.document_start < self.vocab_size:
             raise ValueError(f"'document_start' {self.document_start} is not in the vocabulary of {self.vocab_size}")
+
+    @property
+    def depths(self):
+        """Numbers of steps that a token can take."""
+        return range(1 + self.finish, self.max_depth + 1)
+
+    @property
+    def first_exit(self):
+        """How many steps are before the first one behind which a token may halt."""
+        return max(self.min_depth - self.depths[0], 0)
 
     @property
     def padded_vocab_size(self):
@@ -253,7 +266,8 @@ class RecurrentTransformer(nn.Module):
         if config.halting == "act":
             self.halting = nn.Linear(D, 1)
         elif config.halting == "exit":
-            self.halting = nn.Linear(D, N).requires_grad_(False)  # a row a step; see halting.ExitFit
+            # a row a step that is chosen; see halting.ExitFit
+            self.halting = nn.Linear(D, len(config.depths)).requires_grad_(False)
         # on the device, as training changes it: a number would be a graph of its own
         self.register_buffer("tolerance", torch.tensor(config.tolerance, dtype=torch.float32), persistent=False)
         self.init_weights()
@@ -325,18 +339,20 @@ class RecurrentTransformer(nn.Module):
         any slices, or a mask on the host, for which logits are (kept, V). Returns `Output`.
 
         Hand over tokens on the host: where documents start is worked out there, and the transfer overlaps.
-        Raises ValueError for a depth outside 1..N.
+        Raises ValueError for a depth that is none of `ModelConfig.depths`.
         """
-        N, R = self.config.max_depth, self.config.recur
+        R, depths = self.config.recur, self.config.depths
         own = isinstance(depth, torch.Tensor)  # a depth for each token
         ruled = own and bool((depth == 0).any())
         for k in depth.aminmax() if own else [depth]:
-            if k is not None and not (0 if ruled else 1) <= k <= N:
-                raise ValueError(f"depth must lie in 1..{N}, not {int(k)}")
-        steps = N if depth is None or ruled else int(depth.max()) if own else depth
+            if k is not None and k not in depths and not (ruled and k == 0):
+                raise ValueError(f"depth must lie in {depths[0]}..{depths[-1]}, not {int(k)}")
+        deepest = depths[-1] if depth is None or ruled else int(depth.max()) if own else depth
+        steps = deepest - self.config.finish  # of the loop
         adaptive = self.config.halting != "fixed" and depth is None
         device = self.embedding.weight.device
         training = torch.is_grad_enabled() and targets is not None
+        recompute = training and self.recompute == "step"
         gemms = self._prepare(training)
         spans = spans or self.spans(tokens, memory)
         if memory:
@@ -368,28 +384,29 @@ class RecurrentTransformer(nn.Module):
         thresholds = torch.full((steps,), 1 - self.config.halting_eps if adaptive or ruled else math.inf, device=device)
         thresholds[-1:].fill_(-math.inf)  # a number assigned would wait for the device
         if own:
-            drawn, step = depth.to(device, non_blocking=True), torch.arange(1, steps + 1, device=device)[:, None, None]
+            drawn = depth.to(device, non_blocking=True)
+            step = torch.arange(depths[0], deepest + 1, device=device)[:, None, None]
             by_rule = thresholds[:, None, None] if ruled else math.inf
             thresholds = torch.where(drawn == step, -math.inf, torch.where(drawn == 0, by_rule, math.inf))
-        gains = [[None] * R] * N if self.gains is None else [g.unbind() for g in self.gains.unbind()]
-        inject = self.inject.unbind() if isinstance(self.inject, nn.Parameter) else [None] * N
-        for n in range(steps):
+        gains = [[None] * R] * depths[-1] if self.gains is None else [g.unbind() for g in self.gains.unbind()]
+        inject = self.inject.unbind() if isinstance(self.inject, nn.Parameter) else [None] * depths[-1]
+
+        def run(n, h, *which):
+            """`step` of index n."""
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
             use = len(self.prelude) + n * R
+            step = partial(checkpoint, self.step, use_reentrant=False) if recompute else self.step
+            return step(blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms[use : use + R], *which)
+
+        for n in range(steps):
             if number and self._asks_first(training):
                 if not (count := number()):
                     break
                 awake = awake and count == tokens.numel()
                 rows, number = self._capacity(count, tokens.numel()), None
             frozen = None if awake and number is None else kvs
-            arguments = blocks, gains[n], inject[n], h, e, rope, spans, pasts, gemms[use : use + R], frozen, state
-            arguments += thresholds[n], rows, number
-            if training and self.recompute == "step":
-                found = checkpoint(self.step, *arguments, use_reentrant=False)
-            else:
-                found = self.step(*arguments)
-            if found is None:  # all tokens had halted
+            if (found := run(n, h, frozen, state, thresholds[n], rows, number)) is None:  # all tokens had halted
                 break
             h, kvs, state, weight, rows = found
             shares.append(weight)
@@ -398,11 +415,15 @@ class RecurrentTransformer(nn.Module):
             if self.config.memory == "per_step":
                 written.extend(kvs)
             if packs and n + 1 < steps:  # own depths are known here, on the host
-                number = read_later((depth > n + 1 if own and not ruled else state.active).sum())
+                number = read_later((depth > depths[n] if own and not ruled else state.active).sum())
         # per_step: the steps that were not run hold what a later reader of this memory must see, the frozen K/V;
         # last_step: that is all there is
-        written.extend(kvs * ((N - len(shares)) if self.config.memory == "per_step" else 1))
+        written.extend(kvs * (len(depths) - len(shares) if self.config.memory == "per_step" else 1))
         out = self.read(h) if state is None else state.out.to(h.dtype)
+
+        if self.config.finish:
+            out, kvs, *_ = run(depths[-1] - 1, out, None, None, None)
+            written[len(written) if self.config.memory == "per_step" else -R :] = kvs
 
         for i, block in enumerate(self.coda):
             past = self._past(memory, len(written))
@@ -418,7 +439,7 @@ class RecurrentTransformer(nn.Module):
             elif not callable(weights):
                 weights = weights.to(device, non_blocking=True)
             loss, nll = self.loss(out, targets.to(device, non_blocking=True), weights)
-        taken = torch.full_like(tokens, steps) if state is None else state.depth
+        taken = torch.full_like(tokens, deepest) if state is None else state.depth + self.config.finish
         ponder = taken.float() if state is None else taken + state.remainder_at_halt
         stacked = None if state is None else torch.stack(shares)
         memory = memory.after(written, spans.live) if memory else None
@@ -554,7 +575,7 @@ class RecurrentTransformer(nn.Module):
         float32; 0 or 1 but for ACT."""
         if self.config.halting == "fixed":
             return torch.zeros_like(h[..., 0], dtype=torch.float32)
-        late = step + 1 >= self.config.min_depth
+        late = step >= self.config.first_exit
         if self.config.halting == "exit":
             return (late & (self.halting_value(h, step) < self.tolerance)).float()
         if self.config.halting == "stability":

@@ -119,8 +119,9 @@ class Config:
 
     def check_depths(self):
         """Raises ValueError for depths and a halting rule that do not go together."""
-        if wrong := [k for k in self.eval.depths if not 1 <= k <= self.model.max_depth]:
-            raise ValueError(f"'eval.depths' has {wrong[0]}; this model's depths are 1..{self.model.max_depth}")
+        least, most = self.model.depths[0], self.model.depths[-1]
+        if wrong := [k for k in self.eval.depths if not least <= k <= most]:
+            raise ValueError(f"'eval.depths' has {wrong[0]}; this model's depths are {least}..{most}")
         halting, t = self.model.halting, self.train
         if t.target_depth and not (halting == "exit" or halting == "act" and not t.sampled_depth):
             raise ValueError("'train.target_depth' needs 'model.halting = exit', or 'act' and no 'train.sampled_depth'")
@@ -138,8 +139,8 @@ class Config:
             raise ValueError("'train.sampled_by = token' has no use without 'train.sampled_depth', the mean")
         depths = {f"train.{name}": getattr(t, name) for name in ("sampled_depth", "target_depth", "warm_depth")}
         for name, value in (depths | {"dpo.depth": self.dpo.depth}).items():
-            if value and not 1 <= value <= self.model.max_depth:
-                raise ValueError(f"'{name}' {value} must lie in 1..{self.model.max_depth}, or be 0")
+            if value and not least <= value <= most:
+                raise ValueError(f"'{name}' {value} must lie in {least}..{most}, or be 0")
 
     def with_model(self):
         """This configuration with the architecture of the model at `init`. Raises `CheckpointError`, `ConfigError`."""

@@ -90,7 +90,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, cfg.optim, compiled)
         exits, target = cfg.model.halting == "exit", self.t.target_depth
         self.ponder = PonderWeight(self.t.ponder_weight, 0 if exits else target, self.t.ponder_rate)
-        self.exit = ExitFit(self.model, target) if exits and cfg.model.max_depth > 1 else None
+        self.exit = ExitFit(self.model, target) if exits and len(cfg.model.depths) > 1 else None
 
         self.stage = STAGES[cfg.stage](cfg, self.model, self.rank, self.world, self.micro)
         self.data_state = self.stage.state()
@@ -164,7 +164,8 @@ class Trainer:
             random = np.random.default_rng([self.t.seed, self.step])
             shape = (self.t.batch_size, self.t.segment) if self.t.sampled_by == "token" else ()
             model = self.cfg.model
-            drawn = draw_depth(self.t.sampled_depth, model.max_depth, random, shape, model.min_depth)
+            least = max(model.min_depth, model.depths[0])
+            drawn = draw_depth(self.t.sampled_depth, model.max_depth, random, shape, least)
             if self.t.sampled_share < 1:
                 drawn = np.where(random.random(shape) < self.t.sampled_share, drawn, 0)
             depths = torch.from_numpy(drawn[stage.rows]).split(self.micro) if shape else [int(drawn)] * len(parts)

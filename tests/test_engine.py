@@ -233,7 +233,7 @@ def test_rows_of_float8_weights_keep_three_bits(tiny):
 @plain
 @pytest.mark.parametrize(
     "changes, options, message",
-    [(dict(prelude=1), {}, "without prelude and coda"), (dict(injection="hyper"), {}, "not built in"),
+    [(dict(prelude=1), {}, "without prelude, coda and finish"), (dict(injection="hyper"), {}, "not built in"),
      ({}, dict(depth=5), "depth must lie in 1..4, not 5"),
      ({}, dict(rows=2, weights=torch.float8_e4m3fn), "FP8 weights are for one row")],
 )  # fmt: skip
