@@ -44,8 +44,9 @@ from bench_decode_cpu import run_decode_cpu
 from bench_kernels import gemm_seconds, limits_of, model_gemms, muon_gemms, run_attention, run_gemm
 from bench_score import run_score
 from config import ConfigError
+from device import pick_dtype
 from memory import read_later
-from model import RecurrentTransformer, pick_dtype
+from model import RecurrentTransformer
 from naive import Naive
 
 PEERS = ("naive", "bf16", "fp8", "stacked", "bf16_packed", "fp8_packed")

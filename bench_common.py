@@ -14,7 +14,7 @@ import config
 import data
 import train
 from config import ConfigError
-from model import pick_device
+from device import pick_device
 
 
 def load(args, overrides, *settings):

@@ -15,8 +15,9 @@ import torch
 
 from bench_common import aim, align, clock, finish, load, note
 from decoding import generate
+from device import pick_dtype
 from engine import Engine
-from model import LAST, RecurrentTransformer, pick_dtype
+from model import LAST, RecurrentTransformer
 
 
 def run_decode(args, overrides):

@@ -16,8 +16,8 @@ import attention
 import fp8
 import kernels
 from bench_common import align, clock, finish, load, note
+from device import pick_dtype
 from memory import Memory, Spans
-from model import pick_dtype
 
 # ------------------------------------------------------------------------------------------------- matrix products
 

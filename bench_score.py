@@ -31,7 +31,8 @@ import checkpoint
 import data
 from bench_common import aim, align, clock, finish, load, make_batches, note
 from config import ConfigError
-from model import RecurrentTransformer, pick_dtype
+from device import pick_dtype
+from model import RecurrentTransformer
 
 BAR, TOLERANCE = 0.85, 1e-3
 AS_IT_IS = 0.0  # the depth of a checkpoint that is not asked for another

@@ -144,7 +144,7 @@ class Session:
         `max_tokens`. Left early, also by Ctrl-C, it leaves a text that ends with the last token yielded.
 
         depth of a yielded token: the steps its prediction took. Feed something first. Options: see `sample_token` and
-        `penalize`. Raises ValueError for a depth outside 1..N.
+        `penalize`. Raises ValueError for a depth that the model has not.
         """
         config, text = self.model.config, torch.tensor([self.text])
         sampler = Sampler(config, text, temperature, top_k, top_p, repetition_penalty, generator)
@@ -260,8 +260,8 @@ def parse_draft(text, config):
 
 def check_draft(config, steps, tokens):
     """Raises ValueError where a model of this config cannot draft `tokens` tokens at `steps` steps each."""
-    if not 1 <= steps <= config.max_depth or tokens < 1:
-        raise ValueError(f"steps must lie in 1..{config.max_depth} and tokens be at least 1")
+    if steps not in config.depths or tokens < 1:
+        raise ValueError(f"steps must lie in {config.depths[0]}..{config.depths[-1]} and tokens be at least 1")
     if config.memory == "last_step":
         raise ValueError("a model with 'memory = last_step' does not read several tokens at once as it does one by one")
 
@@ -273,7 +273,7 @@ def generate(
     """Continue `tokens`, a list of at least one id; yields (token, depth) until <|endoftext|> or `max_tokens`.
 
     The prompt is read in segments, then one token at a time; `memory_length` tokens of memory roll along, so that the
-    text may grow for ever. The rest is as in `Session`. Raises ValueError for a depth outside 1..N, or a
+    text may grow for ever. The rest is as in `Session`. Raises ValueError for a depth that the model has not, or a
     draft that the model cannot make.
     """
     length = min(memory_length, len(tokens) + max_tokens)  # more is never filled
@@ -303,7 +303,7 @@ def generate_batch(
     """A `Continuation` of each prompt, a list of ids that opens with <|endoftext|>, by at most `limits[i]` tokens.
 
     until(i, tokens): asked after every token whether the i-th continuation, `tokens`, is complete. The rest is as in
-    `generate`. Raises ValueError for a prompt without <|endoftext|> in front or a depth outside 1..N.
+    `generate`. Raises ValueError for a prompt without <|endoftext|> in front or a depth that the model has not.
 
     Texts of a batch end together: each is padded on the left, with <|endoftext|>s, which are documents of their own
     that the text cannot see. A model with `cross_documents` would see them, and gets one text at a time.

@@ -34,8 +34,8 @@ AHEAD = 32  # ticks between two looks of the host: one CUDA graph
 @dataclass
 class State:
     """Of R rows, on the device. token: (R,) the one that is read now, at `position`; `first`: the oldest position that
-    it sees. step: recurrences that it has behind it. h, e, out: (R, D) float32, see model.py; remainder: (R,).
-    halted: (R,) whether it halted in this tick. left: tokens that the row may still write; 0: it is idle.
+    it sees. step: the index of its next one. h, e, out: (R, D) float32, see model.py; remainder: (R,).
+    halted: (R,) whether it ended in this tick. left: tokens that the row may still write; 0: it is idle.
     written: how many it has written; tokens, depths: (R, L) those."""
 
     token: torch.Tensor
@@ -105,10 +105,12 @@ class Engine:
         if reason is not None:
             raise ValueError(f"Engine: {reason}")
         c, device = model.config, model.embedding.weight.device
-        if depth is not None and not 1 <= depth <= c.max_depth:
-            raise ValueError(f"depth must lie in 1..{c.max_depth}, not {depth}")
-        self.model, self.rows, self.length, self.segment = model, rows, length, segment
-        self.steps, self.adaptive = depth or c.max_depth, depth is None and c.halting != "fixed"
+        if depth is not None and depth not in c.depths:
+            raise ValueError(f"depth must lie in {c.depths[0]}..{c.depths[-1]}, not {depth}")
+        self.model, self.rows, self.length, self.segment, self.depth = model, rows, length, segment, depth
+        self.adaptive = depth is None and c.halting != "fixed"
+        self.steps = (depth or c.max_depth) - c.finish  # at most, before that of `finish`
+        self.end = c.max_depth if c.finish else self.steps  # the index behind the last step of a token
         self.sampling = temperature, top_k, top_p
         self.slots = c.max_depth if c.memory == "per_step" else 1
         self.columns = length + 1  # of the ring: this token, and those before it
@@ -181,7 +183,7 @@ class Engine:
     def halt(self, h, before):
         """Graves' rule for rows with new states h (R, D), see `halting.ActState.advance`, the state of one token."""
         s, c, model = self.state, self.model.config, self.model
-        p = model.halting_probability(h, before, s.step)
+        p = model.halting_probability(h, before, s.step.clamp(max=len(c.depths) - 1))
         forced = s.step + 1 >= self.steps
         reached = 1 - s.remainder + p >= 1 - c.halting_eps if self.adaptive else torch.zeros_like(forced)
         halted = forced | reached
@@ -191,7 +193,20 @@ class Engine:
         s.remainder -= weight
         s.h.copy_(h)
         s.step += 1
-        s.halted.copy_(halted & (s.left > 0))
+        if c.finish:
+            self.leave(halted & (s.step < self.end))
+        s.halted.copy_((s.step >= self.end if c.finish else halted) & (s.left > 0))
+
+    def leave(self, rows):
+        """Rows (R,) bool that have halted: on to the step of `finish`, where their number of steps is not known."""
+        s = self.state
+        place = s.written.clamp(max=s.depths.shape[1] - 1)
+        log = rows & (s.left > 0)
+        s.depths[self.row, place] = torch.where(log, s.step + 1, s.depths[self.row, place])
+        s.h.copy_(torch.where(rows[:, None], s.out, s.h))
+        s.out.masked_fill_(rows[:, None], 0)
+        s.remainder.masked_fill_(rows, 1)
+        s.step.masked_fill_(rows, self.end - 1)
 
     def draw(self):
         """The next token of rows that have halted, and the start of its recurrence."""
@@ -211,7 +226,7 @@ class Engine:
         """Tokens drawn (R,) become those that are read next, in rows that have halted."""
         s, model = self.state, self.model
         halted, place = s.halted.bool(), s.written.clamp(max=s.tokens.shape[1] - 1)
-        for log, new in ((s.tokens, drawn), (s.depths, s.step)):
+        for log, new in ((s.tokens, drawn), (s.depths, s.step))[: 1 if model.config.finish else 2]:
             log[self.row, place] = torch.where(halted, new, log[self.row, place])
         ended = halted & (drawn == model.config.document_start)
         s.written += halted
@@ -219,7 +234,7 @@ class Engine:
         s.token.copy_(torch.where(halted, drawn, s.token))
         s.position += halted
         s.first.copy_(torch.maximum(s.first, s.position - self.length))
-        fresh = halted | (s.step >= self.steps)  # idle rows go round, too
+        fresh = halted | (s.step >= self.end)  # idle rows go round, too
         e = norm(model.embedding(s.token).to(model.compute_dtype)).float()
         self.begin(fresh[:, None], e)
 
@@ -240,7 +255,7 @@ class Engine:
         and the first token is drawn from its logits."""
         model, memory = self.model, self.model.new_memory(1, self.length)
         for part in torch.tensor([prompt]).split(self.segment, 1):
-            out = model(part, memory=memory, depth=None if self.adaptive else self.steps, keep=LAST)
+            out = model(part, memory=memory, depth=self.depth, keep=LAST)
             memory = out.memory
         drawn = self.sample(out.logits[:, -1, : model.config.vocab_size].float())[0]
         self.place(row, memory, drawn, out.depth[0, -1], limit)
@@ -289,21 +304,26 @@ class Engine:
         for _ in range(number // AHEAD):
             self.graph.replay()
 
-    def try_tick(self, last=False):
-        """The `State` after a tick at which no row halts, unless one step is all there are, or after one at which all
-        do, those of no text, too; that of the engine is put back."""
+    def try_tick(self, at=None):
+        """The `State` after a tick at which no row halts, unless one step is all there are, or after one that is for
+        all, those of no text, too, the step of index `at`; that of the engine is put back."""
         s, kept = self.state, copied(self.state)
         s.left.fill_(2)
-        if last:
-            s.step.fill_(self.steps - 1)
-        else:
+        if at is None:
             s.remainder.fill_(2)  # 1 - 2 + p is below the threshold
+        else:
+            s.step.fill_(at)
         try:
             self.tick()
             return copied(s)
         finally:
             for name, x in vars(kept).items():
                 getattr(s, name).copy_(x)
+
+    def try_ticks(self):
+        """A token's first step, the last one before that of `finish`, and the last; those that there are."""
+        at = [None] * (self.end > 1) + [self.steps - 1] * (self.end > self.steps) + [self.end - 1]
+        return [self.try_tick(n) for n in at]
 
     @torch.no_grad()
     def check(self):
@@ -315,12 +335,12 @@ class Engine:
         try:
             self.try_tick()  # as it will run
             self.sampling = 0.0, None, 1.0  # the largest logit can be compared, a draw not
-            found = self.try_tick(), self.try_tick(last=True)
+            found = self.try_ticks()
         except Exception as error:  # of Triton, its compiler or the driver
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         self.kernels, self.fused = None, False
         self.sample = lambda of: (logits.append(of), of.argmax(-1))[1]
-        expected = self.try_tick(), self.try_tick(last=True)
+        expected = self.try_ticks()
         del self.sample
         self.sampling = sampling
         reason = reason or self.difference(found, expected, logits[-1])
@@ -332,15 +352,16 @@ class Engine:
         warnings.warn(f"decoding on {where} goes on without the kernels of engine_kernels.py: {reason}", stacklevel=2)
 
     def difference(self, found, expected, logits):
-        """What is wrong with the states after two ticks as in `check`, or None; bfloat16 is off by 0.01. logits (R, V):
-        of the second tick, as expected."""
-        (one, last), (other, also) = found, expected
-        if self.steps > 1:
+        """What is wrong with the states after `try_ticks`, or None; bfloat16 is off by 0.01. logits (R, V): of the last
+        one, as expected."""
+        (*found, last), (*expected, also) = found, expected
+        for one, other in zip(found, expected):
             for name in ("h", "out"):
                 off = (getattr(one, name) - getattr(other, name)).norm() / other.h.norm().clamp(min=1e-6)
                 if not off < 0.05:  # as NaN is not
                     return f"their state is off by {off:.1%}"
             halting = (one.remainder - other.remainder).abs() + (one.step - other.step).abs() + one.halted
+            halting = halting + (one.depths - other.depths).abs().amax(-1)
             if not (halting < 0.05).all():
                 return "they halt otherwise"
         same = ("halted", "step", "position", "first", "written", "remainder", "out")  # of these none hangs on rounding
@@ -415,15 +436,17 @@ class Engine:
 def has_kernels(model, rows, top_k=None, top_p=1.0):
     """Whether a tick is that of engine_kernels.py."""
     c = model.config
-    plain = c.halting in ("act", "fixed") and c.injection == "gain" and not c.sandwich and top_k is None and top_p == 1
-    return plain and engine_tick.available(model) and unfit(model, rows) is None
+    plain = c.halting != "stability" and c.injection == "gain" and not c.sandwich and top_k is None and top_p == 1
+    return (
+        plain and not (c.finish and c.halting == "act") and engine_tick.available(model) and unfit(model, rows) is None
+    )
 
 
 def unfit(model, rows):
     """Why an `Engine` cannot run this model, or None."""
     c = model.config
-    if c.prelude or c.coda or c.recur > 1 or c.finish:
-        return "it is for one recurrent block, without prelude, coda and finish"
+    if c.prelude or c.coda or c.recur > 1:
+        return "it is for one recurrent block, without prelude and coda"
     if not c.share and rows > 1:
         return "own blocks at every step cannot be shared by rows at different steps; give it one row"
     if c.injection in ("concat_linear", "hyper"):

@@ -388,41 +388,60 @@ def _down(
 
 @jit
 def _halting(
-    row, h, remainder, step, left, head, bias, steps, threshold,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr,
+    row, h, remainder, step, left, head, bias, tolerance, steps, threshold,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HALTING: tl.constexpr, ADAPTIVE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """As `Engine.halt`: the weight of this step, what remains, and whether a text's token ends here."""
-    rest, n, p = tl.load(remainder + row), tl.load(step + row), 0.0
-    if ACT:
-        state = _vector(h + row * WIDTH, WIDTH, BLOCK)
-        logit = tl.sum(_norm(state, WIDTH) * _vector(head, WIDTH, BLOCK), 0) + tl.load(bias)
-        p = 1 / (1 + tl.exp(-logit))
+    """As `Engine.halt`: the weight of this step, what remains, whether a text's token ends here, and whether a token
+    leaves for the step of `finish`, whose index is LAST, or 0 where there is none."""
+    rest, n, p, early = tl.load(remainder + row), tl.load(step + row), 0.0, 0.0
+    if HALTING == "act":
+        p = 1 / (1 + tl.exp(-_value(row, h, head, bias, 0, WIDTH, BLOCK)))
+        early = tl.minimum(p, rest)
+    elif HALTING == "exit":
+        p = tl.where(_value(row, h, head, bias, n, WIDTH, BLOCK) < tl.load(tolerance), 1.0, 0.0)
     stops = n + 1 >= steps
     if ADAPTIVE:
         stops = stops | (1 - rest + p >= tl.load(threshold))
-    weight = tl.where(stops, rest, tl.minimum(p, rest))
-    return weight, rest - weight, stops & (tl.load(left + row) > 0)
+    weight, leaves = tl.where(stops, rest, early), stops & (n != LAST) & (LAST > 0)
+    return weight, rest - weight, stops & ~leaves & (tl.load(left + row) > 0), leaves
+
+
+@jit
+def _value(row, h, head, bias, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """What the n-th row of the halting head makes of a state."""
+    state = _norm(_vector(h + row * WIDTH, WIDTH, BLOCK), WIDTH)
+    return tl.sum(state * _vector(head + n * WIDTH, WIDTH, BLOCK), 0) + tl.load(bias + n)
+
+
+@jit
+def _log(row, log, written, number, value, longest):
+    """Store a value of the token that comes next, where a row's text still goes on."""
+    place = row * longest + tl.minimum(tl.load(written + row), longest - 1)
+    tl.store(log + place, value, mask=number > 0)
 
 
 @jit
 def _halt(
-    h, out, remainder, step, left, head, bias, steps, threshold, halted, y,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr, EARLY: tl.constexpr,
+    h, out, remainder, step, left, head, bias, tolerance, steps, threshold, halted, y, written, depths, longest,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HALTING: tl.constexpr, ADAPTIVE: tl.constexpr, LAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y: what the head reads."""
+    """y: what the head reads. A state that leaves is what it was, as no earlier one counts but for ACT."""
     _wait(EARLY)
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside, at, n = column < WIDTH, row * WIDTH, tl.load(step + row)
-    weight, remains, halts = _halting(
-        row, h, remainder, step, left, head, bias, steps, threshold, WIDTH, BLOCK, ACT, ADAPTIVE
+    weight, remains, halts, leaves = _halting(
+        row, h, remainder, step, left, head, bias, tolerance, steps, threshold, WIDTH, BLOCK, HALTING, ADAPTIVE, LAST
     )
     made = _vector(out + at, WIDTH, BLOCK) + weight * _vector(h + at, WIDTH, BLOCK)
     tl.debug_barrier()  # all warps have read what is written now
-    tl.store(out + at + column, made, mask=inside)
     tl.store(y + at + column, _norm(made, WIDTH).to(y.dtype.element_ty), mask=inside)
-    tl.store(remainder + row, remains)
-    tl.store(step + row, n + 1)
+    tl.store(out + at + column, tl.where(leaves, 0.0, made), mask=inside)
+    tl.store(remainder + row, tl.where(leaves, 1.0, remains))
+    tl.store(step + row, tl.where(leaves, LAST, n + 1))
     tl.store(halted + row, halts.to(tl.int64))
+    if leaves:
+        _log(row, depths, written, tl.load(left + row), n + 2, longest)
 
 
 @jit
@@ -457,9 +476,10 @@ def _pick(
 def _accept(
     row, halts, n, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens, depths,
     embedding, many, longest, length,
-    END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """As `Engine.accept` and `begin`, of a token that has taken n steps. best, which: `many` of every row."""
+    """As `Engine.accept` and `begin`, of a token that has taken n steps, unless it left for the LAST. best, which:
+    `many` of every row."""
     drawn = tl.load(token + row)
     if halts:
         index = tl.arange(0, MANY)
@@ -469,7 +489,8 @@ def _accept(
         count, p = tl.load(written + row), tl.load(position + row) + 1
         place = row * longest + tl.minimum(count, longest - 1)
         tl.store(tokens + place, drawn)
-        tl.store(depths + place, n)
+        if LAST == 0:
+            tl.store(depths + place, n)
         tl.store(written + row, count + 1)
         tl.store(left + row, tl.where(drawn == END, 0, tl.load(left + row) - 1))
         tl.store(token + row, drawn)
@@ -487,38 +508,40 @@ def _accept(
 @jit
 def _next(
     halted, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens, depths, embedding,
-    many, longest, length, steps,
-    END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, EARLY: tl.constexpr,
+    many, longest, length, end,
+    END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, LAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     _wait(EARLY)
     row = tl.program_id(0)
     halts, n = tl.load(halted + row) != 0, tl.load(step + row)
-    if halts | (n >= steps):
+    if halts | (n >= end):
         _accept(
             row, halts, n, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens,
-            depths, embedding, many, longest, length, END, WIDTH, BLOCK, MANY,
+            depths, embedding, many, longest, length, END, WIDTH, BLOCK, MANY, LAST,
         )  # fmt: skip
 
 
 @jit
 def _head(
-    h, before, rest, steps_before, left, head, bias, steps, threshold, seed, arrived, padding, temperature,
+    h, before, rest, steps_before, left, head, bias, tolerance, steps, threshold, end, seed, arrived, padding,
+    temperature,
     weight, scale, rows, halted, best, which, token, position, first, step, e, out, remainder, written, tokens, depths,
     embedding, many, longest, length,
     END: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, GROUPS: tl.constexpr,
-    WARPS: tl.constexpr, SCALED: tl.constexpr, RANDOM: tl.constexpr, ACT: tl.constexpr, ADAPTIVE: tl.constexpr,
-    EARLY: tl.constexpr,
+    WARPS: tl.constexpr, SCALED: tl.constexpr, RANDOM: tl.constexpr, HALTING: tl.constexpr, ADAPTIVE: tl.constexpr,
+    LAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The end of a tick of one row. All programs decide whether its token halts; one goes on if not. Else a program
     goes over every so many tiles of logits, and the last one that arrives accepts the best."""
     _wait(EARLY)
     program, n = tl.program_id(0), tl.load(steps_before) + 1
-    share, remains, halts = _halting(
-        0, h, rest, steps_before, left, head, bias, steps, threshold, WIDTH, BLOCK, ACT, ADAPTIVE
+    share, remains, halts, leaves = _halting(
+        0, h, rest, steps_before, left, head, bias, tolerance, steps, threshold, WIDTH, BLOCK, HALTING, ADAPTIVE, LAST
     )
     if program == 0:
         tl.store(halted, halts.to(tl.int64))
-    if halts | (n >= steps):
+    if halts | (n >= end):
         if halts:
             by, y = _scale(_vector(before, WIDTH, BLOCK) + share * _vector(h, WIDTH, BLOCK), WIDTH), ()
             for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
@@ -539,11 +562,13 @@ def _head(
             tl.store(arrived, 0)
             _accept(
                 0, halts, n, best, which, token, position, first, step, h, e, out, remainder, left, written, tokens,
-                depths, embedding, many, longest, length, END, WIDTH, BLOCK, MANY,
+                depths, embedding, many, longest, length, END, WIDTH, BLOCK, MANY, LAST,
             )  # fmt: skip
     elif program == 0:
         column = tl.arange(0, BLOCK)
         made = _vector(before, WIDTH, BLOCK) + share * _vector(h, WIDTH, BLOCK)
-        tl.store(out + column, made, mask=column < WIDTH)
-        tl.store(remainder, remains)
-        tl.store(step, n)
+        tl.store(out + column, tl.where(leaves, 0.0, made), mask=column < WIDTH)
+        tl.store(remainder, tl.where(leaves, 1.0, remains))
+        tl.store(step, tl.where(leaves, LAST, n))
+        if leaves:
+            _log(0, depths, written, tl.load(left), n + 1, longest)

@@ -1,6 +1,7 @@
 """The launches of a tick (engine.py) by the kernels of engine_kernels.py, and the vectors between them."""
 
 import torch
+import torch.nn.functional as F
 
 import engine_kernels
 from engine_kernels import triton
@@ -77,8 +78,17 @@ class Tick:
         self.turn, self.rotation = vector(2 * half), dict(HALF=half)
         self.merging = dict(HEAD=c.width // c.heads, PARTS=self.parts[1].shape[-1])
         self.early = launches_early(device)
-        self.rule = dict(ACT=c.halting == "act", ADAPTIVE=engine.adaptive)
-        self.accepting = dict(END=c.document_start, MANY=triton.next_power_of_2(self.many))
+        self.rule = dict(HALTING=c.halting, ADAPTIVE=engine.adaptive)
+        self.accepting = dict(
+            END=c.document_start, MANY=triton.next_power_of_2(self.many), LAST=c.finish * (c.max_depth - 1)
+        )
+        halting = engine.model.halting
+        self.head = [engine.state.h, engine.state.remainder]  # not read
+        if halting is not None:
+            self.head = [halting.weight.detach(), halting.bias.detach()]
+        if c.halting == "exit":  # a row for every step: it says infinity where no token may halt
+            self.head = [F.pad(x, (*(0, 0) * (x.dim() - 1), 0, int(c.finish))) for x in self.head]
+            self.head[1][: c.first_exit] = torch.inf
 
     @property
     def options(self):
@@ -128,8 +138,8 @@ class Tick:
         before, programs = (self.product, self.y, s.step, gains), triton.cdiv(D, tiles["TILE"])
         launch(engine_kernels._down, "down", programs, before, (s.h, D), **width, **tiles, **own)
         before = (
-            s.h, *self.before, s.left, *self._halting_head(), engine.steps, self.threshold, engine.seed, self.arrived,
-            model.padding, engine.temperature,
+            s.h, *self.before, s.left, *self.head, model.tolerance, engine.steps, self.threshold, engine.end,
+            engine.seed, self.arrived, model.padding, engine.temperature,
         )  # fmt: skip
         after = (
             c.vocab_size, s.halted, self.best, self.which, s.token, s.position, s.first, s.step, s.e, s.out,
@@ -154,7 +164,8 @@ class Tick:
         branch = engine.multiply(swiglu_rounded(engine.multiply(low, "gate_up")), "down")
         engine_kernels._residual[rows](self.x, branch, s.step, gains, s.h, low, **size, GAIN=3, NORM=False, **options)
         engine_kernels._halt[rows](
-            s.h, s.out, s.remainder, s.step, s.left, *self._halting_head(), engine.steps, self.threshold, s.halted, low,
+            s.h, s.out, s.remainder, s.step, s.left, *self.head, engine.model.tolerance, engine.steps, self.threshold,
+            s.halted, low, s.written, s.depths, s.tokens.shape[1], LAST=self.accepting["LAST"],
             **size, **self.rule, **options,
         )  # fmt: skip
         logits, (tile, warps) = engine.multiply(low, "head"), TILES["pick"]
@@ -164,12 +175,8 @@ class Tick:
         )  # fmt: skip
         engine_kernels._next[rows](
             s.halted, self.best, self.which, s.token, s.position, s.first, s.step, s.h, s.e, s.out, s.remainder, s.left,
-            s.written, s.tokens, s.depths, *self._texts(), engine.steps, **size, **self.accepting, **options,
+            s.written, s.tokens, s.depths, *self._texts(), engine.end, **size, **self.accepting, **options,
         )  # fmt: skip
-
-    def _halting_head(self):
-        halting, s = self.engine.model.halting, self.engine.state
-        return (halting.weight, halting.bias) if halting is not None else (s.h, s.remainder)  # not read
 
     def _texts(self):
         engine = self.engine

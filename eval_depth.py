@@ -278,7 +278,7 @@ def depth_table(label, rows, max_depth, percent):
 
 def forced_table(tables):
     own = {name: row["perplexity"] for name, row in [*tables["topics"].items(), ("macro", tables["macro"])]}
-    table = [["perplexity at depth", *map(str, range(1, len(tables["forced"]["macro"]) + 1)), "as above"]]
+    table = [["perplexity at depth", *map(str, tables["forced_depths"]), "as above"]]
     return table + [[name, *(f"{p:.2f}" for p in [*row, own[name]])] for name, row in tables["forced"].items()]
 
 
@@ -344,6 +344,7 @@ def run(args):
                 {name: evaluate.summarize(score(docs, f"{name}, depth {k}", k)) for name, docs in topics.items()}
                 for k in model.config.depths
             ]
+            tables["forced_depths"] = list(model.config.depths)
             tables["forced"] = {name: [row[name]["perplexity"] for row in forced] for name in topics}
             tables["forced"]["macro"] = [evaluate.macro(row)["perplexity"] for row in forced]
         print(render(tables, N))

@@ -166,9 +166,9 @@ def read_domains(args, meta):
 
 def perplexity(args):
     model, meta, path = load_model(args)
-    N, segment = model.config.max_depth, meta["config"]["train"]["segment"]
-    if wrong := [k for k in args.depths or [] if not 1 <= k <= N]:
-        raise InputError(f"--depth {wrong[0]} is outside 1..{N}, the depths of this model")
+    depths, segment = model.config.depths, meta["config"]["train"]["segment"]
+    if wrong := [k for k in args.depths or [] if k not in depths]:
+        raise InputError(f"--depth {wrong[0]} is outside {depths[0]}..{depths[-1]}, the depths of this model")
     own, window = model.config, segment + args.memory
     for tolerance in args.tolerances or []:
         set_tolerance(model, tolerance)  # wrong ones are refused before the long work

@@ -6,6 +6,7 @@
         h_n = blocks(u; gains of step n; memory of step n)         R blocks, the same weights at every step
         p_n = sigmoid(halting_head(norm(h_n)))                     ACT: halt once p_1 + ... + p_n >= 1 - eps
         out += w_n * h_n                                           w_n = p_n, or the remainder at the halting step
+    with `finish`, all n above are below N, and step N is for all tokens: out = blocks(a_N * norm(out) + b_N * e)
     logits = norm(coda(out)) @ embedding.T                         C coda blocks, tied head
 
 A token that has halted is frozen: at later steps the others see the keys and values of its last active step. So the
@@ -137,30 +138,6 @@ class Output:
     memory: Memory | None
 
 
-def pick_device(name="auto", local_rank=0):
-    """The torch device of `name`; auto: CUDA where there is one. Raises ValueError for one that cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are known here")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local_rank)
-        torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def pick_dtype(name, device):
-    """The torch dtype of the activations; auto and fp8: bfloat16 on CUDA, float32 elsewhere."""
-    native = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, native if name in ("auto", "fp8") else name)
-
-
 def norm(x):
     return F.rms_norm(x, (x.shape[-1],))
 
@@ -266,8 +243,7 @@ class RecurrentTransformer(nn.Module):
         if config.halting == "act":
             self.halting = nn.Linear(D, 1)
         elif config.halting == "exit":
-            # a row a step that is chosen; see halting.ExitFit
-            self.halting = nn.Linear(D, len(config.depths)).requires_grad_(False)
+            self.halting = nn.Linear(D, len(config.depths)).requires_grad_(False)  # a row a step; see halting.ExitFit
         # on the device, as training changes it: a number would be a graph of its own
         self.register_buffer("tolerance", torch.tensor(config.tolerance, dtype=torch.float32), persistent=False)
         self.init_weights()
@@ -344,8 +320,8 @@ class RecurrentTransformer(nn.Module):
         R, depths = self.config.recur, self.config.depths
         own = isinstance(depth, torch.Tensor)  # a depth for each token
         ruled = own and bool((depth == 0).any())
-        for k in depth.aminmax() if own else [depth]:
-            if k is not None and k not in depths and not (ruled and k == 0):
+        for k in torch.where(depth == 0, depths[0], depth).aminmax() if own else [depth]:
+            if k is not None and k not in depths:
                 raise ValueError(f"depth must lie in {depths[0]}..{depths[-1]}, not {int(k)}")
         deepest = depths[-1] if depth is None or ruled else int(depth.max()) if own else depth
         steps = deepest - self.config.finish  # of the loop
@@ -392,7 +368,7 @@ class RecurrentTransformer(nn.Module):
         inject = self.inject.unbind() if isinstance(self.inject, nn.Parameter) else [None] * depths[-1]
 
         def run(n, h, *which):
-            """`step` of index n."""
+            """`step`, the n-th from 0."""
             blocks = self.recur if self.config.share else self.recur[n * R : (n + 1) * R]
             pasts = [self._past(memory, len(self.prelude) + self._slot(n, r)) for r in range(R)]
             use = len(self.prelude) + n * R

@@ -131,7 +131,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         of all.
         Returns logits (B, T or logits_to_keep, V), without gradient; loss and no logits for labels with gradients on.
 
-        Raises ValueError for a depth outside 1..N, labels with a cache, and a mask that is none of these."""
+        Raises ValueError for a depth that the model has not, labels with a cache, and a mask that is none of these."""
         for weight, names in self._masters:  # `from_pretrained` has put other parameters in the place of those
             weight.masters = tuple(map(self.model.get_parameter, names))
         self.model.compute_dtype = self.model.embedding.weight.dtype

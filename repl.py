@@ -132,11 +132,11 @@ class Chat:
         return COMMANDS if name == "/help" else f"no command {name}; these there are:\n{COMMANDS}"
 
     def depth(self, value):
-        N = self.session.model.config.max_depth
+        depths = self.session.model.config.depths
         if value == "auto":
             return None
-        if not value.isdecimal() or not 1 <= int(value) <= N:
-            raise ValueError(f"/depth '{value}' must be a whole number in 1..{N}, or auto")
+        if not value.isdecimal() or int(value) not in depths:
+            raise ValueError(f"/depth '{value}' must be a whole number in {depths[0]}..{depths[-1]}, or auto")
         return int(value)
 
     def save(self, value):

@@ -30,7 +30,7 @@ import data
 import packed
 import repl
 from decoding import Session, Stops, parse_draft
-from model import pick_device, pick_dtype
+from device import pick_device, pick_dtype
 
 # ANSI 256-colour backgrounds from shallow to deep, light enough for black text.
 RAMP = (153, 147, 141, 177, 170, 205, 204, 203)
@@ -103,8 +103,9 @@ def load_model(args):
     model, meta = checkpoint.load_model(path, device, pick_dtype(args.dtype, device))
     if args.checkpoint is None:
         print(f"checkpoint {path}", file=sys.stderr)
-    if args.depth is not None and not 1 <= args.depth <= model.config.max_depth:
-        raise InputError(f"--depth {args.depth} is outside 1..{model.config.max_depth}, the depths of this model")
+    depths = model.config.depths
+    if args.depth is not None and args.depth not in depths:
+        raise InputError(f"--depth {args.depth} is outside {depths[0]}..{depths[-1]}, the depths of this model")
     if args.tolerance is not None:
         if args.depth is not None:
             raise InputError("--depth forces the steps of every token; leave --tolerance out")

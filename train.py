@@ -30,10 +30,11 @@ import data
 import fp8
 import kernels
 from config import ConfigError
+from device import pick_device, pick_dtype
 from halting import ExitFit, PonderWeight
 from memory import read_later
 from metrics import Log, peak_tflops
-from model import ModelConfig, RecurrentTransformer, pick_device, pick_dtype
+from model import ModelConfig, RecurrentTransformer
 from optim import build_optimizers, guard, learning_rate
 from settings import FP8_GEMMS, Config
 from stages import STAGES, draw_depth

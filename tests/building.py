@@ -52,6 +52,8 @@ VARIANTS = {
     "stability": {"halting": "stability", "tolerance": 0.6},
     "exit": {"halting": "exit", "tolerance": 1.2},
     "sandwich": {"sandwich": True},
+    "finish": {"finish": True, "recur": 2},
+    "exit, finish": {"halting": "exit", "exit_by": "loss", "tolerance": 1.2, "finish": True},
     "exit, prelude and coda": {"halting": "exit", "exit_by": "loss", "tolerance": 1.2, "prelude": 1, "coda": 1}
     | {"sandwich": True, "max_depth": 3, "step_gains": False},
 }

@@ -70,12 +70,14 @@ def tiny(tiny_model):
 @pytest.mark.parametrize("rows, prompts", [(1, 1), (2, 2)] if INTERPRETED else [(1, 5), (3, 5)])
 @pytest.mark.parametrize(
     "changes, depth",
-    [({}, None), (dict(halting="fixed", memory="last_step"), 3)]
-    + [] if INTERPRETED else
+    [({}, None), (dict(halting="fixed", memory="last_step"), 3),
+     (dict(halting="exit", exit_by="loss", tolerance=-0.5, min_depth=3, finish=True), None)] if INTERPRETED else
     [({}, None), (dict(halting="fixed", memory="last_step"), 3), ({}, 2), (dict(halting="fixed"), None),
      (dict(halting="stability", tolerance=1.3), None), (dict(memory="last_step", step_gains=False), None),
      (dict(halting="exit", tolerance=0.5), None), (dict(sandwich=True), None),
-     (dict(injection="none"), None), (dict(cross_documents=True), None)],
+     (dict(injection="none"), None), (dict(cross_documents=True), None),
+     (dict(halting="exit", exit_by="loss", tolerance=-0.5, min_depth=3, finish=True), None),
+     (dict(finish=True), None), (dict(finish=True), 2), (dict(finish=True, halting="fixed", step_gains=False), 4)],
 )  # fmt: skip
 def test_rows_are_their_texts_one_by_one(tiny, changes, depth, rows, prompts):
     model, prompts = tiny(**changes), PROMPTS[:prompts]
@@ -87,15 +89,18 @@ def test_rows_are_their_texts_one_by_one(tiny, changes, depth, rows, prompts):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
+@pytest.mark.parametrize(
+    "changes", [{}, dict(halting="exit", exit_by="loss", tolerance=-0.5, min_depth=3, finish=True)]
+)
 @pytest.mark.parametrize("rows, scaled", [(4, False), (1, False), (1, True)])
-def test_a_tick_is_its_definition(tiny, monkeypatch, rows, scaled):
+def test_a_tick_is_its_definition(tiny, monkeypatch, changes, rows, scaled):
     """All numbers of the state, of rows that come one after the other: one ends early, and one stays idle. scaled:
     with scales as FP8 weights have them."""
     by_row = lambda weight: weight.float().abs().amax(-1)  # noqa: E731
     monkeypatch.setattr(engine, "quantized", lambda weight: (weight / by_row(weight)[..., None], by_row(weight)))
     told = []
     for kernels in (True, False):
-        machine = Engine(tiny(), rows, 64, longest=12, weights=torch.float8_e4m3fn if scaled else None)
+        machine = Engine(tiny(**changes), rows, 64, longest=12, weights=torch.float8_e4m3fn if scaled else None)
         if not kernels:
             machine.kernels, machine.fused = None, False
         told.append([])
@@ -233,7 +238,7 @@ def test_rows_of_float8_weights_keep_three_bits(tiny):
 @plain
 @pytest.mark.parametrize(
     "changes, options, message",
-    [(dict(prelude=1), {}, "without prelude, coda and finish"), (dict(injection="hyper"), {}, "not built in"),
+    [(dict(prelude=1), {}, "without prelude and coda"), (dict(injection="hyper"), {}, "not built in"),
      ({}, dict(depth=5), "depth must lie in 1..4, not 5"),
      ({}, dict(rows=2, weights=torch.float8_e4m3fn), "FP8 weights are for one row")],
 )  # fmt: skip
@@ -263,8 +268,9 @@ def test_kernels_compile(capability, weight):
         dict(WIDTH=1280, BLOCK=2048),
         dict(GROUPS=2, WARPS=4, OWN=low != weight) | scaled,
     )
-    act, end, half = dict(ACT=True, ADAPTIVE=True), dict(END=50256, MANY=1024), dict(HALF=32)
-    before, texts = [f, f, f, i, i, f, f, whole, f], [f, whole, whole, whole]
+    act, exits = (dict(HALTING=name, ADAPTIVE=True) for name in ("act", "exit"))
+    last, end, half = dict(LAST=7), dict(END=50256, MANY=1024, LAST=0), dict(HALF=32)
+    before, texts = [f, f, f, i, i, f, f, f, whole, f], [f, whole, whole, whole]
     for kernel, types, constants in (
         ("_qkv", [f, f, i, f, f, i, "*fp64", f, weight, f, f, f, f, f, f, f, i, whole], size | half | own),
         ("_attend", [f, f, low, low, i, i, i, f, f, f, *numbers], half | dict(TILE=64, PARTS=4)),
@@ -272,13 +278,16 @@ def test_kernels_compile(capability, weight):
         ("_gate_up", [f, i, f, weight, f, f, whole], size | own),
         ("_down", [f, f, i, f, weight, f, f, whole],
          width | scaled | dict(TILE=2, OWN=low != weight, HIDDEN=10240, BLOCK=2048)),
-        ("_halt", [*before, i, low], size | act),
+        ("_halt", [*before, i, low, i, i, whole], size | act | last),
+        ("_halt", [*before, i, low, i, i, whole], size | exits | last),
         ("_enter", [f, f, i, f, f, i, "*fp64", f, f, low], size | half),
         ("_merge", [f, f, f, low], width | dict(HEAD=64, PARTS=1)),
         ("_residual", [f, low, i, f, f, low], size | dict(GAIN=1, NORM=True)),
         ("_pick", [low, i, i, i, f, f, "*i32", whole, whole, f], dict(TILE=4096, RANDOM=True)),
-        ("_head", [*before, i, "*i32", f, f, weight, f, whole, i, f, "*i32", *[i] * 4, f, f, f, i, i, i, *texts],
+        ("_head", [*before, whole, i, "*i32", f, f, weight, f, whole, i, f, "*i32", *[i] * 4, f, f, f, i, i, i, *texts],
          size | scaled | act | end | dict(GROUPS=2, WARPS=4, RANDOM=True)),
+        ("_head", [*before, whole, i, "*i32", f, f, weight, f, whole, i, f, "*i32", *[i] * 4, f, f, f, i, i, i, *texts],
+         size | scaled | exits | end | last | dict(GROUPS=2, WARPS=4, RANDOM=True)),
         ("_next", [i, f, "*i32", i, i, i, i, f, f, f, f, i, i, i, i, *texts, whole], size | end),
     ):  # fmt: skip
         kernel, constants = getattr(engine_kernels, kernel), constants | early

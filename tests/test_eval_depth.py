@@ -220,6 +220,16 @@ def test_fixed_depth_has_no_correlation(tmp_path, write_run, texts, capsys):
     assert " 2.00 " in capsys.readouterr().out
 
 
+def test_forced_depths_are_those_that_the_model_has(tmp_path, write_run, texts, capsys):
+    folder = write_run(tmp_path / "finish", max_depth=3, finish=True)
+    assert run(folder, texts / "poem.txt", "--forced", "--json", tmp_path / "depth.json") == 0
+    tables = json.loads((tmp_path / "depth.json").read_text())
+    assert tables["forced_depths"] == [2, 3] and len(tables["forced"]["macro"]) == 2
+    assert re.search(r"perplexity at depth +2 +3 +as above", capsys.readouterr().out)
+    assert run(folder, texts / "poem.txt", "--depth", 1) == 2
+    assert "--depth 1 is outside 2..3, the depths of this model" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_bfloat16_on_cuda_agrees(run_folder, texts, tmp_path, capsys):
     for device in ("cpu", "cuda"):

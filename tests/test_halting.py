@@ -51,11 +51,13 @@ def depths(fit, states):
     return 1 + (fit.values(states).cummin(0).values >= fit.model.tolerance).sum(0)
 
 
-@pytest.mark.parametrize("tolerance", [0.1, 99.0])
-def test_those_of_which_the_most_loss_is_expected_go_on(tolerance):
-    """In the shares of the target, whatever tolerance and head there were; and fewer where it is raised, as a dial."""
-    model, target = build(halting="exit", exit_by="loss", tolerance=tolerance, min_depth=2), 3.25
-    fit = ExitFit(model, target, ridge=1e-6)
+@pytest.mark.parametrize("tolerance, finish", [(0.1, False), (99.0, False), (99.0, True)])
+def test_those_of_which_the_most_loss_is_expected_go_on(tolerance, finish):
+    """In the shares of the target, whatever tolerance and head there were; and fewer where it is raised, as a dial.
+    A step behind all that tokens choose changes nothing of the choice."""
+    settings = dict(tolerance=tolerance, min_depth=2 + finish, max_depth=5 + finish, finish=finish)
+    model, target = build(halting="exit", exit_by="loss", **settings), 3.25
+    fit = ExitFit(model, target + finish, ridge=1e-6)
     weight, bias = 0.3 * torch.randn(4, 32), torch.tensor([4.0, 3.5, 3.2, 3.1])
     for _ in range(20):
         states, loss = linear_gains(2000, weight, bias)

@@ -177,15 +177,28 @@ def test_step_weights_sum_to_one(depth):
 @torch.no_grad()
 def test_every_forced_depth_takes_exactly_that_many_steps(changes):
     model, tokens = build(**changes), text()
-    logits = [model(tokens, depth=k).logits for k in range(1, model.config.max_depth + 1)]
-    for k, here in enumerate(logits, 1):
+    depths = model.config.depths
+    logits = {k: model(tokens, depth=k).logits for k in depths}
+    for k, here in logits.items():
         assert (model(tokens, depth=k).depth == k).all()
-        assert all(not torch.allclose(here, other) for other in logits[k:])
+        assert all(other is here or not torch.allclose(here, other) for other in logits.values())
         segments, _ = run_segments(model, tokens, [20, 20], memory=20, depth=k)
         torch.testing.assert_close(segments, here[..., :V], atol=1e-4, rtol=0)
-    for wrong in (0, model.config.max_depth + 1):
-        with pytest.raises(ValueError, match=f"depth must lie in 1..{model.config.max_depth}, not {wrong}"):
+    for wrong in (depths[0] - 1, depths[-1] + 1):
+        with pytest.raises(ValueError, match=f"depth must lie in {depths[0]}..{depths[-1]}, not {wrong}"):
             model(tokens, depth=wrong)
+
+
+@torch.no_grad()
+def test_finish_is_the_last_step_behind_fewer_others():
+    """Forced to depth k the model is that of the first k - 1 steps and step N."""
+    model, tokens = build(finish=True, halting="fixed"), text()
+    for k in model.config.depths:
+        steps, other = [*range(k - 1), -1], build(halting="fixed", max_depth=k)
+        weights = model.state_dict()
+        other.load_state_dict(weights | {name: weights[name][steps] for name in ("gains", "inject")})
+        found, expected = (run_segments(x, tokens, [20, 20], 20, k)[0] for x in (model, other))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -194,21 +207,21 @@ def test_tokens_with_one_depth_each_are_frozen_there(changes):
     """All of one depth: as if it was forced. Else a token's state is that of its own depth, and later tokens see the
     keys and values that it had there."""
     model, tokens = build(**changes), text()
-    N = model.config.max_depth
-    for k in (1, N):
+    least, N = model.config.depths[0], model.config.max_depth
+    for k in (least, N):
         out = model(tokens, depth=torch.full_like(tokens, k))
         torch.testing.assert_close(out.logits, model(tokens, depth=k).logits, atol=1e-5, rtol=0)
-    depth = torch.randint(1, N + 1, tokens.shape, generator=torch.Generator().manual_seed(0))
+    depth = torch.randint(least, N + 1, tokens.shape, generator=torch.Generator().manual_seed(0))
     out = model(tokens, depth=depth)
     assert torch.equal(out.depth, depth)
     if not model.config.coda and model.config.halting != "act":
         first = (depth == depth[:, :1]).int().cumprod(1).bool()  # the tokens of a row before any of another depth
-        for k in range(1, N + 1):
+        for k in model.config.depths:
             rows = first & (depth == k)
             forced = model(tokens, depth=k).logits
             torch.testing.assert_close(out.logits[rows], forced[rows], atol=1e-4, rtol=0)
     for wrong, there in ((-1, depth - depth.min() - 1), (N + 1, depth - depth.max() + N + 1)):
-        with pytest.raises(ValueError, match=f"depth must lie in 1..{N}, not {wrong}"):
+        with pytest.raises(ValueError, match=f"depth must lie in {least}..{N}, not {wrong}"):
             model(tokens, depth=there)
 
 
@@ -217,9 +230,9 @@ def test_tokens_with_one_depth_each_are_frozen_there(changes):
 def test_tokens_without_a_depth_of_their_own_go_by_the_rule(changes):
     """Where the others have the depths of the rule, all is as without them; else it is as if all had theirs from it."""
     model, tokens = build(**changes), text()
-    N, generator, rule = model.config.max_depth, torch.Generator().manual_seed(0), model(tokens)
+    depths, generator, rule = model.config.depths, torch.Generator().manual_seed(0), model(tokens)
     has = torch.rand(tokens.shape, generator=generator) < 0.5
-    for own in (rule.depth, torch.randint(1, N + 1, tokens.shape, generator=generator)):
+    for own in (rule.depth, torch.randint(depths[0], depths[-1] + 1, tokens.shape, generator=generator)):
         out = model(tokens, depth=torch.where(has, own, 0))
         assert torch.equal(out.depth[has], own[has])
         same = (has <= (own == rule.depth)).int().cumprod(1).bool()  # before any token of another depth
@@ -260,9 +273,10 @@ def test_an_exit_head_is_fitted_to_what_the_next_step_wins(changes):
     torch.testing.assert_close(won[halted], (forced[0] - out.nll)[halted], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("changes", [{"coda": 1}, {"finish": True, "max_depth": 6}], ids=["coda", "finish"])
 @torch.no_grad()
-def test_an_exit_head_by_loss_is_fitted_to_that_of_the_whole_model():
-    model, tokens = build(halting="exit", exit_by="loss", tolerance=1.2, coda=1), text(length=41)
+def test_an_exit_head_by_loss_is_fitted_to_that_of_the_whole_model(changes):
+    model, tokens = build(halting="exit", exit_by="loss", tolerance=1.2, **changes), text(length=41)
     states, values = ExitFit(model).examples(tokens[:, :-1], tokens[:, 1:])
     out = model(tokens[:, :-1], tokens[:, 1:])
     assert states.shape == (4, *values.shape[1:], 32) and len(out.depth.unique()) > 2
@@ -386,6 +400,7 @@ def test_packing_changes_nothing_in_training(changes, recompute, least, monkeypa
         depth, generator = None, torch.Generator().manual_seed(0)
         if least is not None:
             depth = torch.randint(least, model.config.max_depth + 1, tokens.shape, generator=generator)
+            depth[(depth > 0) & (depth < model.config.depths[0])] = model.config.depths[0]
         runs.append(trained(model, tokens, depth))
         assert bool(packed) == bool(capacities)  # the check sees that some are left out
     assert {rows for _, rows in packed} <= {16, 32, 48} and all(count <= rows for count, rows in packed)
@@ -547,6 +562,7 @@ def test_flops_know_shared_weights_and_depth():
         ({"heads": 5}, "'width' 32 must be 'heads'"),
         ({"recur": 0}, "'recur' at least 1"),
         ({"share": False, "memory": "last_step"}, "one slot for all"),
+        ({"finish": True, "max_depth": 1}, "'finish' needs a 'max_depth' of at least 2"),
         ({"halting_eps": 1.5}, "'halting_eps' must lie between 0 and 1"),
         ({"document_start": V}, "not in the vocabulary"),
     ],

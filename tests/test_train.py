@@ -459,12 +459,21 @@ def test_an_exit_head_is_fitted_along_with_training(workplace, monkeypatch, caps
     assert np.mean([line["depth"] for line in lines[4:]]) == pytest.approx(2, abs=0.3)
 
 
-def test_a_head_that_expects_the_loss_holds_the_target_depth(workplace, monkeypatch, capsys):
-    """Between an own first and last layer; a stop changes nothing."""
-    settings = [*EXIT, "--train.exit_interval=1", "--model.exit_by=loss", "--model.prelude=1", "--model.coda=1"]
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["--model.prelude=1", "--model.coda=1"],
+        ["--model.finish=true", "--model.max_depth=4", "--train.target_depth=3", "--eval.depths=[2]"],
+    ],
+    ids=["own layers", "finish"],
+)
+def test_a_head_that_expects_the_loss_holds_the_target_depth(workplace, monkeypatch, capsys, model):
+    """Between an own first and last layer, or before a last step for all; a stop changes nothing."""
+    settings = [*EXIT, "--train.exit_interval=1", "--model.exit_by=loss", *model]
     lines = curve_of_parts(workplace, monkeypatch, capsys, settings)
     assert {line["tolerance"] for line in lines} == {0.0}  # the bars move in its place
-    assert np.mean([line["depth"] for line in lines[6:]]) == pytest.approx(2, abs=0.2)
+    target = checkpoint.load_model("whole")[1]["config"]["train"]["target_depth"]
+    assert np.mean([line["depth"] for line in lines[6:]]) == pytest.approx(target, abs=0.2)
 
 
 @pytest.mark.parametrize(
