@@ -364,7 +364,7 @@ def main(argv=None):
         )  # fmt: skip
         command.set_defaults(run=run)
         add = command.add_argument
-        add("config", nargs="?", default="configs/pretrain_110m.toml", help="a TOML file with the model")
+        add("config", nargs="?", default="configs/act_110m.toml", help="a TOML file with the model")
         add("--batch", type=whole, default=32, help="rows of a batch")
         add("--segment", "--length", type=whole, default=segment, help="tokens of a row in a step")
         add("--rounds", type=whole, default=rounds, help="turns of everything that is compared")

@@ -16,8 +16,8 @@ class Naive(nn.Module):
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
-        known = dict(prelude=0, recur=1, coda=0, share=True, halting="act", injection="gain", step_gains=True,
-                     sandwich=False, memory="per_step")  # fmt: skip
+        known = dict(prelude=0, recur=1, coda=0, share=True, finish=False, halting="act", injection="gain",
+                     step_gains=True, sandwich=False, memory="per_step")  # fmt: skip
         if wrong := [f"model.{k} = {getattr(config, k)}" for k, v in known.items() if getattr(config, k) != v]:
             raise ConfigError(f"the naive peer does not know {', '.join(wrong)}; leave it out of --peers")
         self.config, self.dtype = config, dtype

@@ -1,6 +1,5 @@
 """Training: exact resume whatever kills the run, several processes, bad steps, refusals."""
 
-import dataclasses
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import prepare_data
 import train
 from launching import ROOT, assert_same_run, curve, launch, signals_put_back, torchrun
 from metrics import peak_tflops
-from model import RecurrentTransformer
+from model import ModelConfig, RecurrentTransformer
 from optim import OptimConfig
 from sources import Source
 
@@ -566,8 +565,7 @@ def test_a_head_for_act_is_none_for_exit(workplace, write_run):
 
 @pytest.mark.parametrize("sandwich", [False, True])
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(sandwich):
-    of_demo = config.load(ROOT / "configs/demo.toml", train.Config).model
-    model = RecurrentTransformer(dataclasses.replace(of_demo, sandwich=sandwich))
+    model = RecurrentTransformer(ModelConfig(width=32, heads=2, hidden=48, sandwich=sandwich))
     optimizers = train.build_optimizers(model, OptimConfig())
     names = {p: name for name, p in model.named_parameters()}
     held = {key: {names[p] for group in o.param_groups for p in group["params"]} for key, o in optimizers.items()}
