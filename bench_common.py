@@ -23,7 +23,14 @@ def load(args, overrides, *settings):
         raise ConfigError(f"unknown argument '{wrong[0]}'; settings of the model are written --model.key=value")
     # what a depth from the command line could contradict
     settings = "eval.depths=[]", "train.target_depth=0", *settings
-    cfg = config.load(args.config, train.Config, [*overrides, *settings])
+    try:
+        cfg = config.load(args.config, train.Config, [*overrides, *settings])
+    except ConfigError:  # if by this target depth, then of a model that is not measured here
+        if config.load(args.config, train.Config, overrides).model.exit_by == "loss":
+            raise ConfigError(
+                f"{args.config}: 'exit_by = loss' is not measured; configs/act_110m.toml is that model with ACT"
+            ) from None
+        raise
     try:
         return cfg, pick_device(args.device)
     except ValueError as error:
