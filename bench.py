@@ -138,7 +138,7 @@ class Peer:
             (tokens, targets), spans = self.batch
             out = self.model(tokens, targets, self.memory, spans=spans)
             out.loss.backward()
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             known = read_later(norm)
             optim.guard(self.optimizers, norm, norm.isfinite(), limit)
         for optimizer in self.optimizers:

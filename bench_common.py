@@ -21,16 +21,12 @@ def load(args, overrides, *settings):
     """The config and the device. overrides: of the command line; settings: ours. Raises `ConfigError`."""
     if wrong := [o for o in overrides if not o.startswith("--model.")]:
         raise ConfigError(f"unknown argument '{wrong[0]}'; settings of the model are written --model.key=value")
-    # what a depth from the command line could contradict
-    settings = "eval.depths=[]", "train.target_depth=0", *settings
+    # what a depth from the command line could contradict; exit by loss needs a target
+    settings = ["eval.depths=[]", "train.warm_depth=0", *settings]
     try:
+        cfg = config.load(args.config, train.Config, [*overrides, *settings, "train.target_depth=0"])
+    except ConfigError:
         cfg = config.load(args.config, train.Config, [*overrides, *settings])
-    except ConfigError:  # if by this target depth, then of a model that is not measured here
-        if config.load(args.config, train.Config, overrides).model.exit_by == "loss":
-            raise ConfigError(
-                f"{args.config}: 'exit_by = loss' is not measured; configs/act_110m.toml is that model with ACT"
-            ) from None
-        raise
     try:
         return cfg, pick_device(args.device)
     except ValueError as error:
@@ -41,7 +37,9 @@ def load(args, overrides, *settings):
 def aim(model, depth, tokens, targets, spread=0.5, rounds=14):
     """Give `model` a random halting head under which the tokens take `depth` steps on average: logits whose standard
     deviation is about `spread`, which is as wide as tokens of a trained model differ, and a bias found by bisection.
-    spread: None to keep the weights of the head, and find only the bias."""
+    spread: None to keep the weights of the head, and find only the bias. Raises `ConfigError` but for ACT."""
+    if model.config.halting != "act":
+        raise ConfigError(f"halting = {model.config.halting} is not aimed at a depth; configs/act_110m.toml has ACT")
     if spread is not None:
         nn.init.normal_(model.halting.weight, std=spread * model.config.width**-0.5)
     low, high = -10.0, 6.0

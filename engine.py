@@ -304,11 +304,11 @@ class Engine:
         for _ in range(number // AHEAD):
             self.graph.replay()
 
-    def try_tick(self, at=None):
+    def try_tick(self, at=None, left=2):
         """The `State` after a tick at which no row halts, unless one step is all there are, or after one that is for
-        all, those of no text, too, the step of index `at`; that of the engine is put back."""
+        all, those of no text, too, the step of index `at`; that of the engine is put back. left: 0: none draws."""
         s, kept = self.state, copied(self.state)
-        s.left.fill_(2)
+        s.left.fill_(left)
         if at is None:
             s.remainder.fill_(2)  # 1 - 2 + p is below the threshold
         else:
@@ -321,9 +321,19 @@ class Engine:
                 getattr(s, name).copy_(x)
 
     def try_ticks(self):
-        """A token's first step, the last one before that of `finish`, and the last; those that there are."""
-        at = [None] * (self.end > 1) + [self.steps - 1] * (self.end > self.steps) + [self.end - 1]
-        return [self.try_tick(n) for n in at]
+        """A token's first step, the last one before that of `finish`, and the last; those that there are. Before these
+        of an exit head the first one behind which it may halt, by bars that all rows pass, and none."""
+        at = [None] * (self.steps > 1) + [self.steps - 1] * (self.end > self.steps) + [self.end - 1]
+        model, n, tried = self.model, self.model.config.first_exit, []
+        if self.adaptive and model.config.halting == "exit" and n < self.steps - 1:
+            tolerance = model.tolerance.clone()
+            states = self.try_tick(n, left=0).h.to(model.compute_dtype)
+            value = model.halting_value(states, n)  # in bfloat16 off by 0.01
+            for bar in (value.min() - 0.05, value.max() + 0.05):
+                model.tolerance.copy_(bar)
+                tried.append(self.try_tick(n, left=0))
+            model.tolerance.copy_(tolerance)
+        return tried + [self.try_tick(n) for n in at]
 
     @torch.no_grad()
     def check(self):
@@ -360,7 +370,11 @@ class Engine:
                 off = (getattr(one, name) - getattr(other, name)).norm() / other.h.norm().clamp(min=1e-6)
                 if not off < 0.05:  # as NaN is not
                     return f"their state is off by {off:.1%}"
-            halting = (one.remainder - other.remainder).abs() + (one.step - other.step).abs() + one.halted
+            halting = (
+                (one.remainder - other.remainder).abs()
+                + (one.step - other.step).abs()
+                + (one.halted - other.halted).abs()
+            )
             halting = halting + (one.depths - other.depths).abs().amax(-1)
             if not (halting < 0.05).all():
                 return "they halt otherwise"

@@ -86,8 +86,8 @@ class ModelConfig:
             raise ValueError(f"'halting_eps' must lie between 0 and 1, not {self.halting_eps}")
         if not 1 <= self.min_depth <= self.max_depth or self.min_depth > 1 and self.halting == "act":
             raise ValueError(f"'min_depth' {self.min_depth} must lie in 1..'max_depth', and be 1 with 'halting = act'")
-        if self.exit_by == "loss" and not (self.halting == "exit" and self.min_depth < self.max_depth):
-            raise ValueError("'exit_by = loss' needs 'halting = exit' and a 'min_depth' below 'max_depth'")
+        if self.exit_by == "loss" and not (self.halting == "exit" and self.first_exit + 1 < len(self.depths)):
+            raise ValueError("'exit_by = loss' needs 'halting = exit' and depths to choose from, from 'min_depth' on")
         if self.halting == "exit" and self.exit_by == "gain" and (self.coda or self.finish):
             raise ValueError(
                 "'halting = exit' with a 'coda' or 'finish' needs 'exit_by = loss': what a step wins is read from its "

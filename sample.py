@@ -254,7 +254,7 @@ def run(args):
         generator.manual_seed(args.seed)
     if args.show_depth:
         N = model.config.max_depth
-        print("depth", *(paint(f" {depth} ", depth, N) for depth in range(1, N + 1)), file=sys.stderr)
+        print("depth", *(paint(f" {depth} ", depth, N) for depth in model.config.depths), file=sys.stderr)
 
     def session(room=args.memory):
         return Session(model, min(args.memory, room), meta["config"]["train"]["segment"], args.depth, draft)

@@ -501,7 +501,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any key of the config can be set, for example:\n"
-        "  python train.py configs/demo.toml --train.tokens=2e5 --model.max_depth=4\n"
+        "  python train.py configs/demo.toml --train.tokens=2e5 --model.width=256\n"
         "  torchrun --nproc_per_node=2 train.py configs/pretrain_110m.toml",
     )  # fmt: skip
     parser.add_argument("config", help="a TOML file, see configs/")

@@ -71,7 +71,8 @@ def tiny(tiny_model):
 @pytest.mark.parametrize(
     "changes, depth",
     [({}, None), (dict(halting="fixed", memory="last_step"), 3),
-     (dict(halting="exit", exit_by="loss", tolerance=-0.5, min_depth=3, finish=True), None)] if INTERPRETED else
+     (dict(halting="exit", exit_by="loss", tolerance=-0.5, min_depth=3, finish=True), None),
+     (dict(halting="exit", exit_by="loss", finish=True), 2)] if INTERPRETED else
     [({}, None), (dict(halting="fixed", memory="last_step"), 3), ({}, 2), (dict(halting="fixed"), None),
      (dict(halting="stability", tolerance=1.3), None), (dict(memory="last_step", step_gains=False), None),
      (dict(halting="exit", tolerance=0.5), None), (dict(sandwich=True), None),
@@ -184,6 +185,18 @@ def test_kernels_that_fail_are_left_out(tiny, monkeypatch, rows, kernel, fault):
     ):
         found = together(model, prompts, limits, rows)
     assert found == one_by_one(model, prompts, limits, memory_length=64)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="is about the kernels")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_kernels_with_another_exit_head_are_left_out(tiny, rows):
+    model = tiny(halting="exit", exit_by="loss", tolerance=-0.5, min_depth=3, finish=True)
+    machine = Engine(model, rows, 64, longest=12)
+    machine.join(0, PROMPTS[1], 9)
+    machine.kernels.head[1].sub_(0.2)
+    with pytest.warns(UserWarning, match="they halt otherwise"):
+        machine.check()
+    assert machine.kernels is None and model.tolerance == -0.5
 
 
 @plain
