@@ -38,7 +38,7 @@ from torch import nn
 import data
 import kernels
 import optim
-from bench_common import aim, align, clock, finish, load, make_batches, note, several, whole
+from bench_common import aim, align, check_depth, clock, finish, load, make_batches, note, several, whole
 from bench_decode import SECTIONS, run_decode
 from bench_decode_cpu import run_decode_cpu
 from bench_kernels import gemm_seconds, limits_of, model_gemms, muon_gemms, run_attention, run_gemm
@@ -85,7 +85,7 @@ class Peer:
         for name, p in model.named_parameters():
             if name.endswith(("output.weight", "down.weight")):  # not the zeros of the start: GPUs multiply them faster
                 nn.init.normal_(p, std=(2 * self.config.max_depth * p.shape[1]) ** -0.5)
-        if self.depth and self.config.halting == "act":
+        if self.depth and self.config.halting != "fixed":
             aim(model, self.depth, *batch)
         if self.name == "naive":
             weights, model = model.state_dict(), Naive(self.config, dtype).to(self.device)
@@ -238,8 +238,8 @@ def run_train(args, overrides):
     if args.profile and not on_cuda:
         raise ConfigError("--profile needs a GPU: it sums the times of kernels")
     in_fp8 = any(name in IN_FP8 for name in args.peers)
-    if args.depth and not (1 < args.depth < c.max_depth and c.halting == "act"):
-        raise ConfigError(f"--depth must lie between 1 and {c.max_depth}, of a model with halting = act")
+    if args.depth:
+        check_depth(c, args.depth)
     if in_fp8 and on_cuda and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("this GPU has no FP8; leave it out: --peers naive,bf16,stacked")
     if in_fp8 and on_cuda and (c.width % 16 or c.hidden % 16 or rows % 16):

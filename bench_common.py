@@ -33,18 +33,26 @@ def load(args, overrides, *settings):
         raise ConfigError(f"--device: {error}") from None
 
 
+def check_depth(c, depth):
+    """Raises `ConfigError` for a mean depth that `aim` cannot give a model of the config c."""
+    least = max(c.min_depth, c.depths[0])
+    if c.halting not in ("act", "exit") or not least < depth < c.max_depth:
+        raise ConfigError(
+            f"--depth {depth:g} must lie between {least} and {c.max_depth}, of a model with halting = act or exit"
+        )
+
+
 @torch.no_grad()
 def aim(model, depth, tokens, targets, spread=0.5, rounds=14):
     """Give `model` a random halting head under which the tokens take `depth` steps on average: logits whose standard
     deviation is about `spread`, which is as wide as tokens of a trained model differ, and a bias found by bisection.
-    spread: None to keep the weights of the head, and find only the bias. Raises `ConfigError` but for ACT."""
-    if model.config.halting != "act":
-        raise ConfigError(f"halting = {model.config.halting} is not aimed at a depth; configs/act_110m.toml has ACT")
+    spread: None to keep the weights of the head, and find only the bias."""
+    sign = 1 if model.config.halting == "act" else -1  # what says that a token halts, and that it goes on
     if spread is not None:
         nn.init.normal_(model.halting.weight, std=spread * model.config.width**-0.5)
     low, high = -10.0, 6.0
     for _ in range(rounds):
-        model.halting.bias.fill_((low + high) / 2)
+        model.halting.bias.fill_(sign * (low + high) / 2)
         deep = model(tokens, targets).depth.float().mean() > depth
         low, high = ((low + high) / 2, high) if deep else (low, (low + high) / 2)
 

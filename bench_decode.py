@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from bench_common import aim, align, clock, finish, load, note
+from bench_common import aim, align, check_depth, clock, finish, load, note
 from decoding import generate
 from device import pick_dtype
 from engine import Engine
@@ -59,6 +59,7 @@ class Bench:
     def __init__(self, args, c, device):
         self.args, self.device, self.dtype = args, device, pick_dtype("auto", device)
         self.c = replace(c, halting="act" if c.halting == "fixed" else c.halting)
+        check_depth(self.c, args.depth)
         self.models = {}
 
     def model(self, share=True, depth=None):
@@ -221,8 +222,8 @@ class Bench:
     def profile(self, copy):
         """Microseconds of the kernels of a tick that does not halt, of one that does, and of one of many rows, each
         started when the one before has ended: else they would count their waiting."""
-        found, R, N = {}, self.args.rows, self.c.max_depth
-        for name, rows, depth in (("a tick", 1, N), ("a tick that halts", 1, 1), (f"a tick of {R} rows", R, N)):
+        found, R, N, least = {}, self.args.rows, self.c.max_depth, self.c.depths[0]
+        for name, rows, depth in (("a tick", 1, N), ("a tick that halts", 1, least), (f"a tick of {R} rows", R, N)):
             machine = self.engine(rows, self.model(), depth=depth)
             if machine.kernels:
                 machine.kernels.early = False

@@ -29,7 +29,7 @@ from statistics import mean, median
 import torch
 
 import packed
-from bench_common import aim, align, finish, load, note
+from bench_common import aim, align, check_depth, finish, load, note
 from bench_decode import bandwidth
 from config import ConfigError
 from decoding import Session, parse_draft
@@ -158,8 +158,9 @@ def run_decode_cpu(args, overrides):
     args.device = "cpu"
     cfg, device = load(args, overrides)
     c = cfg.model
-    if c.halting != "act" or not 1 < args.depth < c.max_depth or args.tokens < 3:
-        raise ConfigError(f"--depth must lie between 1 and {c.max_depth}, of a model with halting = act; tokens: 3 up")
+    check_depth(c, args.depth)
+    if args.tokens < 3:
+        raise ConfigError(f"--tokens must be 3 at least, not {args.tokens}")
     try:
         draft = args.draft and parse_draft(args.draft, c)
     except ValueError as error:

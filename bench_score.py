@@ -29,7 +29,7 @@ import torch
 
 import checkpoint
 import data
-from bench_common import aim, align, clock, finish, load, make_batches, note
+from bench_common import aim, align, check_depth, clock, finish, load, make_batches, note
 from config import ConfigError
 from device import pick_dtype
 from model import RecurrentTransformer
@@ -107,8 +107,9 @@ def run_score(args, overrides):
     depths = args.depth or ([AS_IT_IS] if args.checkpoint else [3.0, 5.0, 6.5])
     if c.halting == "fixed":
         raise ConfigError("with halting = fixed no token halts, and there is nothing to leave out")
-    if wrong := [d for d in depths if d != AS_IT_IS and not (1 < d < c.max_depth and c.halting == "act")]:
-        raise ConfigError(f"--depth {wrong[0]:g} must lie between 1 and {c.max_depth}, of a model with halting = act")
+    for depth in depths:
+        if depth != AS_IT_IS:
+            check_depth(c, depth)
     if wrong := [share for share in args.capacities if not 0 < share < 1]:
         raise ConfigError(f"--capacities are shares between 0 and 1, not {wrong[0]:g}")
     if args.data and c.vocab_size < data.VOCAB_SIZE:

@@ -226,7 +226,10 @@ class Engine:
         """Tokens drawn (R,) become those that are read next, in rows that have halted."""
         s, model = self.state, self.model
         halted, place = s.halted.bool(), s.written.clamp(max=s.tokens.shape[1] - 1)
-        for log, new in ((s.tokens, drawn), (s.depths, s.step))[: 1 if model.config.finish else 2]:
+        logs = [(s.tokens, drawn)]
+        if not model.config.finish:  # else `leave` has logged it
+            logs.append((s.depths, s.step))
+        for log, new in logs:
             log[self.row, place] = torch.where(halted, new, log[self.row, place])
         ended = halted & (drawn == model.config.document_start)
         s.written += halted

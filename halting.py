@@ -167,7 +167,7 @@ class ExitFit:
 
     It is solved for, by normal equations with a ridge, as what a token wins says little (correlations of 0.1) and
     gradient steps learn nothing of it (docs/LOG.md). Older text counts less, `decay` a batch, as the model moves on.
-    sums: (N - 1, D + 2, D + 2), all that a checkpoint needs beside the model."""
+    sums: (N - 1, D + 2, D + 2), all that a checkpoint needs beside the model. N is without the step of `finish`."""
 
     def __init__(self, model, target_depth=0.0, decay=0.97, ridge=0.5, bar_decay=0.5):
         N, D = len(model.config.depths), model.config.width

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import bench_common
 import bench_decode_cpu
 import bench_kernels
 import data
@@ -93,6 +94,17 @@ def test_products_have_the_shapes_that_they_say(dtype, monkeypatch):
         a, product = products[-1]
         assert a.shape == (16, 48) and product.shape == (16, 32)
         assert a.dtype == dtype
+
+
+@pytest.mark.parametrize("changes", [{}, dict(halting="exit", exit_by="loss", finish=True, min_depth=3)])
+def test_a_random_head_is_aimed_at_a_mean_depth(changes):
+    torch.manual_seed(0)
+    config = ModelConfig(**dict(width=16, heads=2, hidden=24, vocab_size=50, document_start=0) | changes)
+    model, tokens = RecurrentTransformer(config).eval(), torch.randint(1, 50, (4, 64))
+    for depth in (3.5, 5, 7):
+        bench_common.aim(model, depth, tokens, tokens)
+        found = model(tokens, tokens).depth.float()
+        assert found.mean() == pytest.approx(depth, abs=0.3) and len(found.unique()) > 2
 
 
 @pytest.mark.parametrize("changes", [dict(hidden=24), dict(hidden=80), dict(hidden=80, share=False, max_depth=3)])
@@ -229,7 +241,7 @@ def assert_one_line(status, out, err, message):
         (["--model.halting=fixed"], "the naive peer does not know model.halting = fixed"),
         (["--device=tpu"], "the device 'tpu' cannot be used"),
         (["--profile"], "--profile needs a GPU"),
-        (["--depth=9"], "--depth must lie between 1 and 8"),
+        (["--depth=9"], "--depth 9 must lie between 1 and 8"),
         (["--capacities=2"], "'capacities' are shares between 0 and 1, not 2.0"),
     ],
 )
