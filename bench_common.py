@@ -17,16 +17,18 @@ from config import ConfigError
 from device import pick_device
 
 
+class Measured(train.Config):
+    """A config whose model is measured, at depths of our own: those that it would be trained at need not fit them."""
+
+    def check_depths(self):
+        pass
+
+
 def load(args, overrides, *settings):
     """The config and the device. overrides: of the command line; settings: ours. Raises `ConfigError`."""
     if wrong := [o for o in overrides if not o.startswith("--model.")]:
         raise ConfigError(f"unknown argument '{wrong[0]}'; settings of the model are written --model.key=value")
-    # what a depth from the command line could contradict; exit by loss needs a target
-    settings = ["eval.depths=[]", "train.warm_depth=0", *settings]
-    try:
-        cfg = config.load(args.config, train.Config, [*overrides, *settings, "train.target_depth=0"])
-    except ConfigError:
-        cfg = config.load(args.config, train.Config, [*overrides, *settings])
+    cfg = config.load(args.config, Measured, [*overrides, *settings])
     try:
         return cfg, pick_device(args.device)
     except ValueError as error:
@@ -35,7 +37,7 @@ def load(args, overrides, *settings):
 
 def check_depth(c, depth):
     """Raises `ConfigError` for a mean depth that `aim` cannot give a model of the config c."""
-    least = max(c.min_depth, c.depths[0])
+    least = c.depths[c.first_exit]
     if c.halting not in ("act", "exit") or not least < depth < c.max_depth:
         raise ConfigError(
             f"--depth {depth:g} must lie between {least} and {c.max_depth}, of a model with halting = act or exit"

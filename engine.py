@@ -193,20 +193,24 @@ class Engine:
         s.remainder -= weight
         s.h.copy_(h)
         s.step += 1
+        leaves = halted & (s.step < self.end) & c.finish
         if c.finish:
-            self.leave(halted & (s.step < self.end))
-        s.halted.copy_((s.step >= self.end if c.finish else halted) & (s.left > 0))
+            self.leave(leaves)
+        s.halted.copy_(halted & ~leaves & (s.left > 0))
 
     def leave(self, rows):
         """Rows (R,) bool that have halted: on to the step of `finish`, where their number of steps is not known."""
         s = self.state
-        place = s.written.clamp(max=s.depths.shape[1] - 1)
-        log = rows & (s.left > 0)
-        s.depths[self.row, place] = torch.where(log, s.step + 1, s.depths[self.row, place])
+        self.log(s.depths, rows & (s.left > 0), s.step + 1)
         s.h.copy_(torch.where(rows[:, None], s.out, s.h))
         s.out.masked_fill_(rows[:, None], 0)
         s.remainder.masked_fill_(rows, 1)
         s.step.masked_fill_(rows, self.end - 1)
+
+    def log(self, log, rows, new):
+        """What is `new` (R,) of the token that is to be written next, into a log (R, L), where `rows` (R,)."""
+        place = self.state.written.clamp(max=log.shape[1] - 1)
+        log[self.row, place] = torch.where(rows, new, log[self.row, place])
 
     def draw(self):
         """The next token of rows that have halted, and the start of its recurrence."""
@@ -224,13 +228,10 @@ class Engine:
 
     def accept(self, drawn):
         """Tokens drawn (R,) become those that are read next, in rows that have halted."""
-        s, model = self.state, self.model
-        halted, place = s.halted.bool(), s.written.clamp(max=s.tokens.shape[1] - 1)
-        logs = [(s.tokens, drawn)]
-        if not model.config.finish:  # else `leave` has logged it
-            logs.append((s.depths, s.step))
-        for log, new in logs:
-            log[self.row, place] = torch.where(halted, new, log[self.row, place])
+        s, model, halted = self.state, self.model, self.state.halted.bool()
+        self.log(s.tokens, halted, drawn)
+        if not model.config.finish:  # else `leave` has done it
+            self.log(s.depths, halted, s.step)
         ended = halted & (drawn == model.config.document_start)
         s.written += halted
         s.left.copy_(torch.where(ended, 0, s.left - halted.long()))
@@ -373,14 +374,9 @@ class Engine:
                 off = (getattr(one, name) - getattr(other, name)).norm() / other.h.norm().clamp(min=1e-6)
                 if not off < 0.05:  # as NaN is not
                     return f"their state is off by {off:.1%}"
-            halting = (
-                (one.remainder - other.remainder).abs()
-                + (one.step - other.step).abs()
-                + (one.halted - other.halted).abs()
-            )
-            halting = halting + (one.depths - other.depths).abs().amax(-1)
-            if not (halting < 0.05).all():
-                return "they halt otherwise"
+            for name in ("remainder", "step", "halted", "depths"):
+                if not ((getattr(one, name) - getattr(other, name)).abs() < 0.05).all():
+                    return "they halt otherwise"
         same = ("halted", "step", "position", "first", "written", "remainder", "out")  # of these none hangs on rounding
         if any((getattr(last, name) != getattr(also, name)).any() for name in same):
             return "they end a token otherwise"

@@ -399,7 +399,9 @@ class RecurrentTransformer(nn.Module):
 
         if self.config.finish:
             out, kvs, *_ = run(depths[-1] - 1, out, None, None, None)
-            written[len(written) if self.config.memory == "per_step" else -R :] = kvs
+            if self.config.memory == "last_step":
+                del written[-R:]  # this is the last step
+            written.extend(kvs)
 
         for i, block in enumerate(self.coda):
             past = self._past(memory, len(written))

@@ -165,7 +165,7 @@ class Trainer:
             random = np.random.default_rng([self.t.seed, self.step])
             shape = (self.t.batch_size, self.t.segment) if self.t.sampled_by == "token" else ()
             model = self.cfg.model
-            least = max(model.min_depth, model.depths[0])
+            least = model.depths[model.first_exit]
             drawn = draw_depth(self.t.sampled_depth, model.max_depth, random, shape, least)
             if self.t.sampled_share < 1:
                 drawn = np.where(random.random(shape) < self.t.sampled_share, drawn, 0)

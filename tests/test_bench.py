@@ -237,7 +237,7 @@ def assert_one_line(status, out, err, message):
         (["--model.widht=64"], "unknown key 'model.widht' (did you mean 'width'?)"),
         (["--model.width=64"], "'width' 64 must be 'heads'"),
         (["--train.segment=64"], "unknown argument '--train.segment=64'"),
-        (["configs/pretrain_110m.toml"], "the naive peer does not know model.finish = True"),
+        (["configs/pretrain_110m.toml", "--model.max_depth=4"], "the naive peer does not know model.finish = True"),
         (["--model.halting=fixed"], "the naive peer does not know model.halting = fixed"),
         (["--device=tpu"], "the device 'tpu' cannot be used"),
         (["--profile"], "--profile needs a GPU"),

@@ -281,6 +281,7 @@ def test_the_tolerance_is_not_rounded_to_bfloat16(write_run, load, tmp_path):
         dict(share=False, injection="concat_linear", step_gains=False),
         dict(halting="fixed", injection="none"),
         dict(sandwich=True, injection="hyper"),
+        dict(halting="exit", tolerance=0.7),
         dict(halting="exit", exit_by="loss", tolerance=0.7, finish=True),
     ],
 )

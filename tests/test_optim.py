@@ -67,6 +67,20 @@ def test_every_parameter_has_one_optimizer(share):
     assert {id(p) for p in trained["muon"]} == {id(p) for p in model.recur.parameters()}
 
 
+@pytest.mark.parametrize("sandwich", [False, True])
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(sandwich):
+    model = RecurrentTransformer(
+        ModelConfig(width=16, heads=2, hidden=24, sandwich=sandwich, vocab_size=50, document_start=0)
+    )
+    optimizers = optim.build_optimizers(model, optim.OptimConfig())
+    names = {p: name for name, p in model.named_parameters()}
+    held = {key: {names[p] for group in o.param_groups for p in group["params"]} for key, o in optimizers.items()}
+    layers = ("query", "key", "value", "output", "gate", "up", "down")
+    assert held["muon"] == {f"recur.0.{layer}.weight" for layer in layers}
+    others = {"embedding.weight", "gains", "inject", "halting.weight", "halting.bias"}
+    assert held["adamw"] == others | ({"recur.0.output_gain", "recur.0.down_gain"} if sandwich else set())
+
+
 def test_every_step_leaves_its_mark_on_the_version_counters():
     """AdamW's fused step does not by itself, and copies of the weights would grow stale."""
     model = RecurrentTransformer(

@@ -19,7 +19,7 @@ import prepare_data
 import train
 from launching import ROOT, assert_same_run, curve, launch, signals_put_back, torchrun
 from metrics import peak_tflops
-from model import ModelConfig, RecurrentTransformer
+from model import RecurrentTransformer
 from optim import OptimConfig
 from sources import Source
 
@@ -561,18 +561,6 @@ def test_a_head_for_act_is_none_for_exit(workplace, write_run):
     after = train.Trainer(config.load("tiny.toml", train.Config).with_model()).model.state_dict()
     assert before["halting.weight"].any() and not after["halting.weight"].any()
     assert all(torch.equal(before[name], x) for name, x in after.items() if not name.startswith("halting."))
-
-
-@pytest.mark.parametrize("sandwich", [False, True])
-def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest(sandwich):
-    model = RecurrentTransformer(ModelConfig(width=32, heads=2, hidden=48, sandwich=sandwich))
-    optimizers = train.build_optimizers(model, OptimConfig())
-    names = {p: name for name, p in model.named_parameters()}
-    held = {key: {names[p] for group in o.param_groups for p in group["params"]} for key, o in optimizers.items()}
-    layers = ("query", "key", "value", "output", "gate", "up", "down")
-    assert held["muon"] == {f"recur.0.{layer}.weight" for layer in layers}
-    others = {"embedding.weight", "gains", "inject", "halting.weight", "halting.bias"}
-    assert held["adamw"] == others | ({"recur.0.output_gain", "recur.0.down_gain"} if sandwich else set())
 
 
 # ------------------------------------------------------------------------------------------------ refusals
