@@ -84,7 +84,7 @@ def _rows(program, group, GROUPS: tl.constexpr, WARPS: tl.constexpr):
 def _tile(weight, row, rows, SIZE: tl.constexpr):
     """Rows (WARPS,) of a matrix (rows, SIZE): a tuple of chunks (WARPS, CHUNK)."""
     tile = ()
-    for i in tl.static_range(tl.cdiv(SIZE, CHUNK)):
+    for i in tl.static_range((SIZE + CHUNK - 1) // CHUNK):
         column = i * CHUNK + tl.arange(0, CHUNK)
         inside = (row < rows)[:, None] & (column < SIZE)[None, :]
         at = row.to(tl.int64)[:, None] * SIZE + column[None, :]
@@ -175,7 +175,7 @@ def _qkv(
         tl.store(steps_before, n)
     else:
         by, y = _scale(u, WIDTH), ()
-        for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
+        for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):
             part = a * _part(h, i, WIDTH, WARPS) + b * _part(e, i, WIDTH, WARPS)
             y = y + (part * by * _part(gains, i, WIDTH, WARPS),)
         scale = _of_step(scale, step, rows, 1, OWN, EARLY)
@@ -327,9 +327,9 @@ def _output(
     program, found, read = tl.program_id(0), (), ()
     tiles = _tiles(_of_step(weight, step, rows, WIDTH, OWN, EARLY), program, rows, WIDTH, GROUPS, WARPS)
     _wait(EARLY)
-    for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
+    for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):
         found = found + (_merged(acc, high, total, i, WIDTH, HEAD, PARTS),)
-    for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):  # to where the weights are, once all have been read
+    for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):  # to where the weights are, once all have been read
         read = read + (found[i][None, :],)
     gains, scale = gains + (4 * tl.load(step) + 1) * WIDTH, _of_step(scale, step, rows, 1, OWN, EARLY)
     for group in tl.static_range(GROUPS):
@@ -352,7 +352,7 @@ def _gate_up(
     _wait(EARLY)
     gains, scale = gains + (4 * tl.load(step) + 2) * WIDTH, _of_step(scale, step, 2 * rows, 1, OWN, EARLY)
     by = _scale(_vector(x, WIDTH, BLOCK), WIDTH)
-    for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
+    for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):
         y = y + (_part(x, i, WIDTH, WARPS) * by * _part(gains, i, WIDTH, WARPS),)
     for group in tl.static_range(GROUPS):
         row = _rows(program, group, GROUPS, WARPS)
@@ -544,7 +544,7 @@ def _head(
     if halts | (n >= end):
         if halts:
             by, y = _scale(_vector(before, WIDTH, BLOCK) + share * _vector(h, WIDTH, BLOCK), WIDTH), ()
-            for i in tl.static_range(tl.cdiv(WIDTH, CHUNK)):
+            for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):
                 y = y + ((_part(before, i, WIDTH, WARPS) + share * _part(h, i, WIDTH, WARPS)) * by,)
             random, highest, chosen = tl.load(seed) + tl.load(position), float("-inf"), 2147483647
             for i in range(program, tl.cdiv(rows, GROUPS * WARPS), tl.num_programs(0)):

@@ -69,7 +69,7 @@ class Trainer:
         torch.set_float32_matmul_precision("high")
 
         self.model = RecurrentTransformer(cfg.model, dtype).to(self.device)
-        if cfg.model.halting != "fixed" or self.t.sampled_by == "token":  # else no token halts before the others
+        if cfg.model.halting != "fixed" or self.t.sampled_by != "step":  # else no token halts before the others
             self.model.capacities = self.t.capacities
         compiled = self.t.compile == "on" or self.t.compile == "auto" and on_cuda
         if compiled:
@@ -163,13 +163,18 @@ class Trainer:
             depths = [self.t.warm_depth or self.cfg.model.max_depth] * len(parts)
         elif self.t.sampled_depth:
             random = np.random.default_rng([self.t.seed, self.step])
-            shape = (self.t.batch_size, self.t.segment) if self.t.sampled_by == "token" else ()
+            rows, length = self.t.batch_size, self.t.segment
+            shape = {"step": (), "row": (rows, 1), "token": (rows, length)}[self.t.sampled_by]
             model = self.cfg.model
             least = model.depths[model.first_exit]
             drawn = draw_depth(self.t.sampled_depth, model.max_depth, random, shape, least)
             if self.t.sampled_share < 1:
                 drawn = np.where(random.random(shape) < self.t.sampled_share, drawn, 0)
-            depths = torch.from_numpy(drawn[stage.rows]).split(self.micro) if shape else [int(drawn)] * len(parts)
+            if shape:
+                drawn = np.broadcast_to(drawn[stage.rows], (stage.rows.stop - stage.rows.start, length))
+                depths = torch.from_numpy(drawn.copy()).split(self.micro)
+            else:
+                depths = [int(drawn)] * len(parts)
         if self.exit and not warming and stage.depth is None and self.step % self.t.exit_interval == 0:
             self.fit_exit(parts[0], self.memories[0], spans[0])
         for i, part in enumerate(parts):

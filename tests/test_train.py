@@ -406,6 +406,17 @@ def test_every_token_can_draw_a_depth_of_its_own(workplace, monkeypatch):
     assert depths == [line["depth"] for line in parts if line["event"] == "train"]
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_row_can_draw_one_depth_for_its_tokens(workplace, monkeypatch, share):
+    seen, forward = [], RecurrentTransformer.forward
+    monkeypatch.setattr(RecurrentTransformer, "forward", lambda *a, **k: seen.append(a[4:5]) or forward(*a, **k))
+    settings = [*EXIT, "--train.sampled_depth=2", "--train.sampled_by=row", f"--train.sampled_share={share}"]
+    assert run(monkeypatch, *settings) == 0
+    drawn = torch.stack([depth for (depth,) in filter(None, seen) if isinstance(depth, torch.Tensor)])
+    assert drawn.shape == (2 * STEPS, 2, 16) and (drawn == drawn[..., :1]).all()  # of two micro-batches
+    assert set(drawn.flatten().tolist()) == ({0, 1, 2, 3} if share < 1 else {1, 2, 3})
+
+
 def test_packing_learns_the_same(workplace, monkeypatch):
     """Loss of every step, as far as sums in another order go, and the same depths."""
     settings = ["--train.sampled_depth=2", "--train.sampled_by=token", "--train.target_depth=0"]
@@ -604,7 +615,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ("--train.target_depth=9", "must lie in 1..3"),
         ("--train.sampled_depth=2", "needs 'model.halting = exit', or 'act' and no 'train.sampled_depth'"),
         ("--model.halting=fixed", "'train.target_depth' needs 'model.halting = exit', or 'act'"),
-        ("--train.sampled_share=0.5", "'train.sampled_share' needs 'model.halting = exit'"),
+        ("--train.sampled_share=0.5", "'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by' row or token"),
         ("--train.sampled_share=2", "'sampled_share' in [0, 1]"),
         ("--train.frozen=true", "'train.frozen' needs 'model.halting = exit' and 'init'"),
         ("--model.exit_by=loss", "'exit_by = loss' needs 'halting = exit' and depths to choose from"),
