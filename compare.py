@@ -4,10 +4,10 @@
     python compare.py runs/yardstick/* --figure frontier.png         perplexity against mean depth
     python compare.py runs/yardstick/* --markdown table.md --domains
 
-In the figure runs of fixed depths and as many parameters whose names differ in the number at the end alone, such as
-fixed4 and fixed8, are a line: what adaptive depth in a model of that shape has to beat. Every other run is a point of
-its own; the forced depths that it was evaluated at (`eval.depths`) are a thin line, depth as a dial, and may leave the
-frame.
+In the figure runs of fixed depths and as many parameters, trained on the same text, whose names differ in the number at
+the end alone, such as fixed4 and fixed8, are a line: what adaptive depth in a model of that shape has to beat. Every
+other run is a point of its own; the forced depths that it was evaluated at (`eval.depths`) are a thin line, depth as a
+dial, and may leave the frame.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def read(path):
         if run["stage"] != "pretrain" or run["validation"] is None:
             raise InputError(f"{file}: of the stage {run['stage']}, or without held-out text; nothing to compare")
         run["validation"]["macro"]["nats"], *map(run.__getitem__, USED)
+        run.setdefault("data", "unknown text")  # once it was not recorded
         [part["tokens"] for part in run["validation"]["domains"].values()]
         return run
     except FileNotFoundError:
@@ -44,7 +45,7 @@ def table(runs, domains=False):
     """Header and rows; ratios are of perplexities, to the best run."""
     names = list(runs[0]["validation"]["domains"]) if domains else []
     head = ["run", "perplexity", "ratio", "bits/byte", "depth", "M params", "M tokens", "PFLOP", "tokens/s", "seed",
-            "commit"]  # fmt: skip
+            "commit", "data"]  # fmt: skip
     rows = [[*head, *names]]
     best = runs[0]["validation"]["macro"]["nats"]
     for run in runs:
@@ -53,7 +54,7 @@ def table(runs, domains=False):
             run["name"], f"{np.exp(macro['nats']):.2f}", f"{np.exp(macro['nats'] - best):.3f}",
             f"{macro['bits_per_byte']:.4f}", f"{macro['depth']:.2f}", f"{run['parameters'] / 1e6:.1f}",
             f"{run['tokens'] / 1e6:,.3g}", f"{run['executed_flops'] / 1e15:,.1f}", f"{run['tokens_per_second']:,.0f}",
-            str(run["seed"]), run["commit"] or "",
+            str(run["seed"]), run["commit"] or "", run["data"],
             *(f"{of[name]['bits_per_byte']:.3f} @ {of[name]['depth']:.1f}" for name in names),
         ])  # fmt: skip
     return rows
@@ -66,11 +67,12 @@ def is_fixed(run):
 
 def lines(runs):
     """Runs of fixed depths by the shape of their model, as names (without the number at the end) and parameters (to two
-    digits) tell it, after as many tokens: [(name, runs, the shallowest first)] of every shape with several."""
+    digits) tell it, after as many tokens of the same text: [(name, runs, the shallowest first)] of every shape with
+    several."""
     found = {}
     for run in sorted(filter(is_fixed, runs), key=lambda run: run["validation"]["macro"]["depth"]):
         name = run["name"].rstrip("0123456789").rstrip("_")
-        found.setdefault((name, f"{run['parameters']:.2g}", run["tokens"]), []).append(run)
+        found.setdefault((name, f"{run['parameters']:.2g}", run["tokens"], run["data"]), []).append(run)
     return [(name, line) for (name, *_), line in found.items() if len(line) > 1]
 
 
@@ -81,10 +83,11 @@ def draw(runs, file):
     pyplot.switch_backend("Agg")
     _, axis = pyplot.subplots(figsize=(9, 4.5))
     place = lambda macro: (macro["depth"], np.exp(macro["nats"]))  # noqa: E731
-    of_shapes = lines(runs)
+    of_shapes, texts = lines(runs), {run["data"] for run in runs}
     for style, (name, line) in zip(itertools.cycle(("ko-", "ks--", "k^-.", "kD:", "kv-", "kP--", "kX-.")), of_shapes):
         points = [place(run["validation"]["macro"]) for run in line]
-        axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=f"{name}, fixed depths")
+        label = f"{name}, fixed depths" + f", {line[0]['data']}" * (len(texts) > 1)
+        axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=label)
     drawn = [id(run) for _, line in of_shapes for run in line]
     for i, run in enumerate(run for run in runs if id(run) not in drawn):
         x, y = place(run["validation"]["macro"])
@@ -117,6 +120,8 @@ def main(argv=None):
             raise InputError(f"{odd[0]} and {runs[0]['name']} were evaluated on other text; compare like with like")
         rows = table(runs, args.domains)
         print(as_text(rows))
+        if len(texts := {run["data"] for run in runs}) > 1:
+            print(f"note: these were trained on different text: {', '.join(sorted(texts))}", file=sys.stderr)
         if args.markdown:
             args.markdown.write_text(as_markdown(rows) + "\n")
         if args.figure:

@@ -1,13 +1,15 @@
 """Which tokens go on: the state of adaptive computation time, the tokens that a step still computes, the weight by
-which depth is steered, and the fit of an exit head.
+which depth is steered, depths that are drawn, and the fit of an exit head.
 
 Shapes: B batch, T segment length, D width.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -142,6 +144,22 @@ class PonderWeight:
 
     def _clamp(self, value):
         return min(max(value, -self.limit), self.limit)
+
+
+def draw_depths(train, model, step, sigma=0.5):
+    """The depths that are drawn for a step of training, by a TrainConfig and a ModelConfig: one number, or, of every
+    row or token its own, (batch_size, segment) int64, with 0 for those that halt by the model's rule.
+
+    One more than a Poisson variable whose rate is log-normal (Geiping et al. 2025, arXiv 2502.05171, section 3.3),
+    between the depths that the model's rule can choose; before these cuts the mean is `sampled_depth`."""
+    random = np.random.default_rng([train.seed, step])
+    rows, length = train.batch_size, train.segment
+    shape = {"step": (), "row": (rows, 1), "token": (rows, length)}[train.sampled_by]
+    rate = random.lognormal(math.log(max(train.sampled_depth - 1, 1e-9)) - sigma**2 / 2, sigma, shape)
+    drawn = np.clip(1 + random.poisson(rate), model.depths[model.first_exit], model.max_depth)
+    if train.sampled_share < 1:
+        drawn = np.where(random.random(shape) < train.sampled_share, drawn, 0)
+    return np.broadcast_to(drawn, (rows, length)) if shape else int(drawn)
 
 
 def shares(target, least, most):

@@ -15,7 +15,6 @@ it reads; `depths`, the steps of every token in training, or None; `names` of it
 """
 
 import hashlib
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -386,13 +385,6 @@ class DPO(Stage):
 
 
 STAGES = {"pretrain": Pretrain, "sft": SFT, "dpo": DPO}
-
-
-def draw_depth(mean, most, random, shape=(), least=1, sigma=0.5):
-    """Depths in least..most of some shape, one more than a Poisson variable whose rate is log-normal (Geiping et al.
-    2025, arXiv 2502.05171, section 3.3); before the cuts the mean is `mean`."""
-    rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma, shape)
-    return np.clip(1 + random.poisson(rate), least, most)
 
 
 def fingerprint(model):

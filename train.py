@@ -18,7 +18,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -31,13 +30,13 @@ import fp8
 import kernels
 from config import ConfigError
 from device import pick_device, pick_dtype
-from halting import ExitFit, PonderWeight
+from halting import ExitFit, PonderWeight, draw_depths
 from memory import read_later
 from metrics import Log, peak_tflops
 from model import ModelConfig, RecurrentTransformer
 from optim import build_optimizers, guard, learning_rate
 from settings import FP8_GEMMS, Config
-from stages import STAGES, draw_depth
+from stages import STAGES
 
 
 def memory_length(progress, curriculum):
@@ -162,19 +161,9 @@ class Trainer:
         if warming:
             depths = [self.t.warm_depth or self.cfg.model.max_depth] * len(parts)
         elif self.t.sampled_depth:
-            random = np.random.default_rng([self.t.seed, self.step])
-            rows, length = self.t.batch_size, self.t.segment
-            shape = {"step": (), "row": (rows, 1), "token": (rows, length)}[self.t.sampled_by]
-            model = self.cfg.model
-            least = model.depths[model.first_exit]
-            drawn = draw_depth(self.t.sampled_depth, model.max_depth, random, shape, least)
-            if self.t.sampled_share < 1:
-                drawn = np.where(random.random(shape) < self.t.sampled_share, drawn, 0)
-            if shape:
-                drawn = np.broadcast_to(drawn[stage.rows], (stage.rows.stop - stage.rows.start, length))
-                depths = torch.from_numpy(drawn.copy()).split(self.micro)
-            else:
-                depths = [int(drawn)] * len(parts)
+            drawn = draw_depths(self.t, self.cfg.model, self.step)
+            one = self.t.sampled_by == "step"
+            depths = [drawn] * len(parts) if one else torch.tensor(drawn[stage.rows]).split(self.micro)
         if self.exit and not warming and stage.depth is None and self.step % self.t.exit_interval == 0:
             self.fit_exit(parts[0], self.memories[0], spans[0])
         for i, part in enumerate(parts):
@@ -474,7 +463,8 @@ class Trainer:
             "parameters": self.model.parameter_counts()["total"], "tokens": tokens,
             "flops": count(mean["depth"]), "executed_flops": count(self.cfg.model.max_depth),
             "tokens_per_second": speed, "seconds": round(tokens / speed, 1), "device": self.device_name(),
-            "torch": torch.__version__, "validation": next(reversed(log.evaluations()), None),
+            "torch": torch.__version__, "data": f"{self.cfg.data.path}@{self.stage.data_sha256[:8]}",
+            "validation": next(reversed(log.evaluations()), None),
         }  # fmt: skip
 
     def device_name(self):

@@ -27,16 +27,23 @@ def test_runs_are_ranked_and_drawn(tmp_path, capsys):
         write(tmp_path, "act", 4.0, {"code": 3, "books": 5}, {1: 5.0, 8: 4.0}),
         write(tmp_path, "fixed8", 4.1, {"code": 8, "books": 8}),
         write(tmp_path, "fixed6", 4.3, {"code": 6, "books": 6}, parameters=431_248_977),
+        write(tmp_path, "fixed5", 4.4, {"code": 5, "books": 5}, data="data/other"),
     ]
     figure, markdown = tmp_path / "f.png", tmp_path / "t.md"
     assert compare.main([*runs, "--domains", "--figure", str(figure), "--markdown", str(markdown)]) == 0
-    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows] == ["act", "fixed8", "fixed2", "fixed6"] and head[:2] == ["run", "perplexity"]
+    out, err = capsys.readouterr()
+    head, *rows = [line.split() for line in out.splitlines()]
+    assert "trained on different text: data/other, unknown text" in err
+    assert [row[0] for row in rows] == ["act", "fixed8", "fixed2", "fixed6", "fixed5"] and head[:2] == [
+        "run",
+        "perplexity",
+    ]
     assert rows[0][1:5] == [f"{math.exp(4):.2f}", "1.000", f"{4 / 3:.4f}", "4.00"]
     assert rows[2][2] == f"{math.exp(0.2):.3f}" and "1.333 @ 3.0" in " ".join(rows[0])
-    assert figure.read_bytes()[:4] == b"\x89PNG" and markdown.read_text().count("\n") == 6
-    found = [compare.read(tmp_path / name) for name in ("act", "fixed8", "fixed2", "fixed6")]
-    assert compare.lines(found) == [("fixed", [found[2], found[1]])]  # the last is of another shape
+    assert figure.read_bytes()[:4] == b"\x89PNG" and markdown.read_text().count("\n") == 7
+    found = [compare.read(tmp_path / name) for name in ("act", "fixed8", "fixed2", "fixed6", "fixed5")]
+    # fixed6 is of another shape, fixed5 of other text
+    assert compare.lines(found) == [("fixed", [found[2], found[1]])]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from building import build
-from halting import ExitFit, Packed, PonderWeight, shares
-from model import norm
+from halting import ExitFit, Packed, PonderWeight, draw_depths, shares
+from model import ModelConfig, norm
+from settings import TrainConfig
 
 
 def linear_gains(n, weight, bias):
@@ -156,3 +157,17 @@ def test_the_ponder_weight_steers_depth_both_ways():
     constant = PonderWeight(0.003)
     constant.update(8.0)
     assert constant.value == 0.003
+
+
+def test_drawn_depths_have_their_mean():
+    def draw(mean, most=6, step=1, **settings):
+        t = TrainConfig(batch_size=1000, segment=4, sampled_depth=mean, **settings)
+        return draw_depths(t, ModelConfig(max_depth=most), step)
+
+    drawn = draw(4.0, 100, sampled_by="token")
+    assert drawn.min() >= 1 and drawn.mean() == pytest.approx(4, abs=0.15) and drawn.std() > 1.5
+    assert {draw(4.0, step=i) for i in range(300)} == set(range(1, 7)) == set(draw(4.0, sampled_by="token").flat)
+    assert {draw(1.0, step=i) for i in range(30)} == {1}
+    rows = draw(4.0, sampled_by="row", sampled_share=0.3)
+    assert (rows == rows[:, :1]).all() and set(rows.flat) == set(range(7))
+    assert (rows > 0).mean() == pytest.approx(0.3, abs=0.05)
