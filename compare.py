@@ -81,7 +81,7 @@ def draw(runs, file):
     from matplotlib import pyplot, ticker
 
     pyplot.switch_backend("Agg")
-    _, axis = pyplot.subplots(figsize=(9, 4.5))
+    figure, axis = pyplot.subplots(figsize=(9, 4.5))
     place = lambda macro: (macro["depth"], np.exp(macro["nats"]))  # noqa: E731
     of_shapes, texts = lines(runs), {run["data"] for run in runs}
     for style, (name, line) in zip(itertools.cycle(("ko-", "ks--", "k^-.", "kD:", "kv-", "kP--", "kX-.")), of_shapes):
@@ -99,7 +99,8 @@ def draw(runs, file):
     axis.yaxis.set_minor_formatter(ticker.ScalarFormatter())
     heights = [place(run["validation"]["macro"])[1] for run in runs]
     axis.set_ylim(min(heights) * 0.97, max(heights) * 1.1)  # forced depths may be far beyond any run's own
-    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend = axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.set_figheight(max(4.5, 0.25 * len(legend.get_texts())))
     pyplot.tight_layout()
     pyplot.savefig(file, dpi=150)
     pyplot.close()

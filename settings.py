@@ -30,7 +30,7 @@ class TrainConfig:
     # Mean steps a token to which lambda is steered; with exit the tolerance or, by loss, the bars. 0: they stay.
     target_depth: float = 0.0
     ponder_rate: float = 1e-4  # how fast it is steered, per step of training and step of depth
-    sampled_depth: float = 0.0  # mean of a depth that is drawn; 0: the model's own
+    sampled_depth: float = 0.0  # mean of a depth that is drawn; 0: none is, whatever the next two say
     sampled_by: Literal["step", "row", "token"] = "step"  # one for all tokens of a step, of a row, or each its own
     sampled_share: float = 1.0  # exit, by row or token: so many of them draw a depth, the others halt by the rule
     warm_up: float = 0.0  # for this fraction of training every token takes `warm_depth` steps, and no depth is drawn
@@ -125,7 +125,7 @@ class Config:
         halting, t = self.model.halting, self.train
         if t.target_depth and not (halting == "exit" or halting == "act" and not t.sampled_depth):
             raise ValueError("'train.target_depth' needs 'model.halting = exit', or 'act' and no 'train.sampled_depth'")
-        if t.sampled_share < 1 and (halting != "exit" or t.sampled_by == "step"):
+        if t.sampled_depth and t.sampled_share < 1 and (halting != "exit" or t.sampled_by == "step"):
             raise ValueError("'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by' row or token")
         if t.frozen and (halting != "exit" or not self.init or t.sampled_depth):
             raise ValueError("'train.frozen' needs 'model.halting = exit' and 'init', and no 'train.sampled_depth'")
@@ -135,8 +135,6 @@ class Config:
                 f"'train.target_depth' must be at least 'model.min_depth' ({self.model.min_depth}), not "
                 f"{t.target_depth}; 'model.exit_by = loss' needs one"
             )
-        if t.sampled_by != "step" and not t.sampled_depth:
-            raise ValueError(f"'train.sampled_by = {t.sampled_by}' has no use without 'train.sampled_depth', the mean")
         depths = {f"train.{name}": getattr(t, name) for name in ("sampled_depth", "target_depth", "warm_depth")}
         for name, value in (depths | {"dpo.depth": self.dpo.depth}).items():
             if value and not least <= value <= most:

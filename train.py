@@ -68,7 +68,8 @@ class Trainer:
         torch.set_float32_matmul_precision("high")
 
         self.model = RecurrentTransformer(cfg.model, dtype).to(self.device)
-        if cfg.model.halting != "fixed" or self.t.sampled_by != "step":  # else no token halts before the others
+        # else no token halts before the others
+        if cfg.model.halting != "fixed" or self.t.sampled_depth and self.t.sampled_by != "step":
             self.model.capacities = self.t.capacities
         compiled = self.t.compile == "on" or self.t.compile == "auto" and on_cuda
         if compiled:
