@@ -4,7 +4,7 @@
     python compare.py runs/yardstick/* --figure frontier.png         perplexity against mean depth
     python compare.py runs/yardstick/* --markdown table.md --domains
 
-In the figure runs of fixed depths and as many parameters, trained on the same text, whose names differ in the number at
+In the figure runs of fixed depths and as many parameters, with the same `data`, whose names differ in the number at
 the end alone, such as fixed4 and fixed8, are a line: what adaptive depth in a model of that shape has to beat. Every
 other run is a point of its own; the forced depths that it was evaluated at (`eval.depths`) are a thin line, depth as a
 dial, and may leave the frame.
@@ -32,7 +32,7 @@ def read(path):
         if run["stage"] != "pretrain" or run["validation"] is None:
             raise InputError(f"{file}: of the stage {run['stage']}, or without held-out text; nothing to compare")
         run["validation"]["macro"]["nats"], *map(run.__getitem__, USED)
-        run.setdefault("data", "unknown text")  # once it was not recorded
+        run.setdefault("data", "unknown")  # once it was not recorded
         [part["tokens"] for part in run["validation"]["domains"].values()]
         return run
     except FileNotFoundError:
@@ -67,7 +67,7 @@ def is_fixed(run):
 
 def lines(runs):
     """Runs of fixed depths by the shape of their model, as names (without the number at the end) and parameters (to two
-    digits) tell it, after as many tokens of the same text: [(name, runs, the shallowest first)] of every shape with
+    digits) tell it, after as many tokens of the same data: [(name, runs, the shallowest first)] of every shape with
     several."""
     found = {}
     for run in sorted(filter(is_fixed, runs), key=lambda run: run["validation"]["macro"]["depth"]):
@@ -122,7 +122,7 @@ def main(argv=None):
         rows = table(runs, args.domains)
         print(as_text(rows))
         if len(texts := {run["data"] for run in runs}) > 1:
-            print(f"note: these were trained on different text: {', '.join(sorted(texts))}", file=sys.stderr)
+            print(f"note: trained on data of different names: {', '.join(sorted(texts))}", file=sys.stderr)
         if args.markdown:
             args.markdown.write_text(as_markdown(rows) + "\n")
         if args.figure:

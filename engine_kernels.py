@@ -30,6 +30,7 @@ if triton:
     from kernels import _limited
 
 EPSILON = tl.constexpr(1.1920929e-07) if triton else None  # of F.rms_norm: that of float32
+# In static_range its quotient is written out: to the Triton 3.6 of torch 2.11 tl.cdiv is no constant.
 CHUNK = tl.constexpr(256) if triton else None  # columns that a warp reads of a row at once, in bf16 16 bytes a lane
 
 

@@ -146,12 +146,13 @@ class PonderWeight:
         return min(max(value, -self.limit), self.limit)
 
 
-def draw_depths(train, model, step, sigma=0.5):
+def draw_depths(train, model, step):
     """The depths that are drawn for a step of training, by a TrainConfig and a ModelConfig: one number, or, of every
     row or token its own, (batch_size, segment) int64, with 0 for those that halt by the model's rule.
 
     One more than a Poisson variable whose rate is log-normal (Geiping et al. 2025, arXiv 2502.05171, section 3.3),
-    between the depths that the model's rule can choose; before these cuts the mean is `sampled_depth`."""
+    cut to the depths that the model's rule can choose; before that the mean is `sampled_depth`."""
+    sigma = 0.5
     random = np.random.default_rng([train.seed, step])
     rows, length = train.batch_size, train.segment
     shape = {"step": (), "row": (rows, 1), "token": (rows, length)}[train.sampled_by]

@@ -27,10 +27,12 @@ class TrainConfig:
     # Memory curriculum: from this fraction of training on, that many tokens of Transformer-XL memory.
     memory: list[tuple[float, int]] = field(default_factory=lambda: [(0.0, 512)])
     ponder_weight: float = 0.0  # lambda in `cross-entropy + lambda * (steps + remainder)`; its start with target_depth
-    # Mean steps a token to which lambda is steered; with exit the tolerance or, by loss, the bars. 0: they stay.
+    # Mean steps of tokens that go by the rule (the logged depth has drawn ones, too), to which lambda is steered; with
+    # exit the tolerance or, by loss, the bars. 0: they stay.
     target_depth: float = 0.0
     ponder_rate: float = 1e-4  # how fast it is steered, per step of training and step of depth
-    sampled_depth: float = 0.0  # mean of a depth that is drawn; 0: none is, whatever the next two say
+    # Mean of a depth that is drawn, before it is cut to those of the rule; 0: none is, whatever the next two say.
+    sampled_depth: float = 0.0
     sampled_by: Literal["step", "row", "token"] = "step"  # one for all tokens of a step, of a row, or each its own
     sampled_share: float = 1.0  # exit, by row or token: so many of them draw a depth, the others halt by the rule
     warm_up: float = 0.0  # for this fraction of training every token takes `warm_depth` steps, and no depth is drawn
@@ -126,7 +128,10 @@ class Config:
         if t.target_depth and not (halting == "exit" or halting == "act" and not t.sampled_depth):
             raise ValueError("'train.target_depth' needs 'model.halting = exit', or 'act' and no 'train.sampled_depth'")
         if t.sampled_depth and t.sampled_share < 1 and (halting != "exit" or t.sampled_by == "step"):
-            raise ValueError("'train.sampled_share' needs 'model.halting = exit' and 'train.sampled_by' row or token")
+            raise ValueError(
+                f"'train.sampled_share' {t.sampled_share} needs 'model.halting = exit' and 'train.sampled_by' row or "
+                "token; without: 'train.sampled_share' 1, or 'train.sampled_depth' 0"
+            )
         if t.frozen and (halting != "exit" or not self.init or t.sampled_depth):
             raise ValueError("'train.frozen' needs 'model.halting = exit' and 'init', and no 'train.sampled_depth'")
         fits = halting == "exit" and self.stage != "dpo" and (t.target_depth or self.model.exit_by == "loss")
@@ -137,8 +142,9 @@ class Config:
             )
         depths = {f"train.{name}": getattr(t, name) for name in ("sampled_depth", "target_depth", "warm_depth")}
         for name, value in (depths | {"dpo.depth": self.dpo.depth}).items():
-            if value and not least <= value <= most:
-                raise ValueError(f"'{name}' {value} must lie in {least}..{most}, or be 0")
+            low = self.model.depths[self.model.first_exit] if name == "train.sampled_depth" else least
+            if value and not low <= value <= most:
+                raise ValueError(f"'{name}' {value} must lie in {low}..{most}, or be 0")
 
     def with_model(self):
         """This configuration with the architecture of the model at `init`. Raises `CheckpointError`, `ConfigError`."""

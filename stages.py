@@ -154,7 +154,8 @@ class Stage:
 
     @property
     def depths(self):
-        """Steps of the tokens of a part, as in the model's forward. Text always goes by the model's own rule."""
+        """Steps of the tokens of a part, as in the model's forward. Where a stage forces them, text still goes by the
+        model's own rule."""
         if self.depth is None or self.text is None:
             return self.depth
         depths = torch.full((self.micro + self.cfg.replay.rows, self.cfg.train.segment), self.depth)

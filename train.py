@@ -163,7 +163,7 @@ class Trainer:
             depths = [self.t.warm_depth or self.cfg.model.max_depth] * len(parts)
         elif self.t.sampled_depth:
             drawn = draw_depths(self.t, self.cfg.model, self.step)
-            one = self.t.sampled_by == "step"
+            one = isinstance(drawn, int)
             depths = [drawn] * len(parts) if one else torch.tensor(drawn[stage.rows]).split(self.micro)
         if self.exit and not warming and stage.depth is None and self.step % self.t.exit_interval == 0:
             self.fit_exit(parts[0], self.memories[0], spans[0])
@@ -414,9 +414,10 @@ class Trainer:
         dtype = str(self.model.compute_dtype).removeprefix("torch.")
         if self.model.scales is not None:
             dtype += f" and FP8 ({', '.join(self.t.fp8_gemms)}; gradients {self.t.fp8_gradients})"
+        drawn = f", {t.sampled_share:.0%} of all {t.sampled_by}s at a drawn depth" if t.sampled_depth else ""
         print(
             f"{counts['total'] / 1e6:.1f}M parameters (embedding {counts['embedding'] / 1e6:.1f}M, "
-            f"blocks {counts['blocks'] / 1e6:.1f}M), depth up to {model.max_depth}, halting {model.halting}\n"
+            f"blocks {counts['blocks'] / 1e6:.1f}M), depth up to {model.max_depth}, halting {model.halting}{drawn}\n"
             f"{self.steps} steps of {t.batch_size} x {t.segment} tokens, "
             f"memory {', '.join(str(length) for _, length in t.memory)}, {dtype} on {self.world} x {self.device_name()}"
         )
@@ -464,7 +465,7 @@ class Trainer:
             "parameters": self.model.parameter_counts()["total"], "tokens": tokens,
             "flops": count(mean["depth"]), "executed_flops": count(self.cfg.model.max_depth),
             "tokens_per_second": speed, "seconds": round(tokens / speed, 1), "device": self.device_name(),
-            "torch": torch.__version__, "data": f"{self.cfg.data.path}@{self.stage.data_sha256[:8]}",
+            "torch": torch.__version__, "data": self.cfg.data.path,
             "validation": next(reversed(log.evaluations()), None),
         }  # fmt: skip
 

@@ -33,7 +33,7 @@ def test_runs_are_ranked_and_drawn(tmp_path, capsys):
     assert compare.main([*runs, "--domains", "--figure", str(figure), "--markdown", str(markdown)]) == 0
     out, err = capsys.readouterr()
     head, *rows = [line.split() for line in out.splitlines()]
-    assert "trained on different text: data/other, unknown text" in err
+    assert "data of different names: data/other, unknown" in err
     assert [row[0] for row in rows] == ["act", "fixed8", "fixed2", "fixed6", "fixed5"] and head[:2] == [
         "run",
         "perplexity",

@@ -160,9 +160,9 @@ def test_the_ponder_weight_steers_depth_both_ways():
 
 
 def test_drawn_depths_have_their_mean():
-    def draw(mean, most=6, step=1, **settings):
+    def draw(mean, most=6, step=1, model=None, **settings):
         t = TrainConfig(batch_size=1000, segment=4, sampled_depth=mean, **settings)
-        return draw_depths(t, ModelConfig(max_depth=most), step)
+        return draw_depths(t, model or ModelConfig(max_depth=most), step)
 
     drawn = draw(4.0, 100, sampled_by="token")
     assert drawn.min() >= 1 and drawn.mean() == pytest.approx(4, abs=0.15) and drawn.std() > 1.5
@@ -171,3 +171,5 @@ def test_drawn_depths_have_their_mean():
     rows = draw(4.0, sampled_by="row", sampled_share=0.3)
     assert (rows == rows[:, :1]).all() and set(rows.flat) == set(range(7))
     assert (rows > 0).mean() == pytest.approx(0.3, abs=0.05)
+    model = ModelConfig(halting="exit", exit_by="loss", finish=True, min_depth=3)
+    assert set(draw(4.0, model=model, sampled_by="row").flat) == set(range(3, 9))  # no other is the rule's

@@ -544,7 +544,7 @@ def test_what_an_exit_head_can_do_needs_no_model_in_the_config(workplace, write_
     assert run(monkeypatch, "sft", "--init=./mixed", "--out=./frozen", "--train.frozen=true") == 0
     capsys.readouterr()
     assert run(monkeypatch, "sft", *mixed[:3], "--out=./other") == 2
-    assert "'train.sampled_share' needs 'model.halting = exit'" in capsys.readouterr().err
+    assert "'train.sampled_share' 0.5 needs 'model.halting = exit'" in capsys.readouterr().err
 
 
 def test_an_exit_head_can_be_left_behind_or_made_by_sft(workplace, write_run, monkeypatch):
