@@ -449,10 +449,9 @@ class Engine:
 def has_kernels(model, rows, top_k=None, top_p=1.0):
     """Whether a tick is that of engine_kernels.py."""
     c = model.config
-    plain = c.halting != "stability" and c.injection == "gain" and not c.sandwich and top_k is None and top_p == 1
-    return (
-        plain and not (c.finish and c.halting == "act") and engine_tick.available(model) and unfit(model, rows) is None
-    )
+    rule = c.halting in ("fixed", "exit") or c.halting == "act" and not c.finish
+    plain = rule and c.injection == "gain" and not c.sandwich and top_k is None and top_p == 1
+    return plain and engine_tick.available(model) and unfit(model, rows) is None
 
 
 def unfit(model, rows):

@@ -34,10 +34,8 @@ def test_runs_are_ranked_and_drawn(tmp_path, capsys):
     out, err = capsys.readouterr()
     head, *rows = [line.split() for line in out.splitlines()]
     assert "data of different names: data/other, unknown" in err
-    assert [row[0] for row in rows] == ["act", "fixed8", "fixed2", "fixed6", "fixed5"] and head[:2] == [
-        "run",
-        "perplexity",
-    ]
+    assert [row[0] for row in rows] == ["act", "fixed8", "fixed2", "fixed6", "fixed5"]
+    assert head[:2] == ["run", "perplexity"]
     assert rows[0][1:5] == [f"{math.exp(4):.2f}", "1.000", f"{4 / 3:.4f}", "4.00"]
     assert rows[2][2] == f"{math.exp(0.2):.3f}" and "1.333 @ 3.0" in " ".join(rows[0])
     assert figure.read_bytes()[:4] == b"\x89PNG" and markdown.read_text().count("\n") == 7

@@ -247,9 +247,10 @@ def test_where_a_kernel_is_wrong_training_says_so_and_goes_on_without_any(workpl
     assert_same_run(workplace / "run", reference / "run")
 
 
-@pytest.mark.parametrize("setting", ["recompute=mlp", "recompute=step", "sampled_share=0.2"])  # of a depth of 0
-def test_what_changes_nothing(workplace, reference, monkeypatch, setting):
-    assert run(monkeypatch, f"--train.{setting}", "--train.sampled_by=row") == 0
+@pytest.mark.parametrize("settings", ["recompute=mlp", "recompute=step", "sampled_by=row sampled_share=0.2"])
+def test_what_changes_nothing(workplace, reference, monkeypatch, settings):
+    """Activations computed again; whose depths are drawn, where none is."""
+    assert run(monkeypatch, *(f"--train.{setting}" for setting in settings.split())) == 0
     assert_same_run(workplace / "run", reference / "run")
 
 
@@ -395,7 +396,7 @@ def test_every_row_or_token_can_draw_a_depth_of_its_own(workplace, monkeypatch, 
     settings += ["--model.halting=fixed"]
     assert run(monkeypatch, *settings, "--train.micro_batch=4", "--out=whole") == 0
     done = launch(workplace, "tiny.toml", *settings, "--train.micro_batch=1", processes=2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and f"100% of all {by}s at a drawn depth" in done.stdout, done.stderr
     whole, parts = (curve(workplace / name) for name in ("whole", "run"))
     depths = [line["depth"] for line in whole if line["event"] == "train"]
     assert 1.5 < np.mean(depths) < 2.5 and sum(depth % 1 > 0 for depth in depths) > STEPS / 2  # of different tokens
@@ -606,6 +607,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_reason(reference, tmp_path, 
         ("--model.exit_by=loss", "'exit_by = loss' needs 'halting = exit' and depths to choose from"),
         ("--model={halting='exit', exit_by='loss', min_depth=3}", "at least 'model.min_depth' (3), not 2.0"),
         ("--model={halting='exit', coda=1, max_depth=3}", "with a 'coda' or 'finish' needs 'exit_by = loss'"),
+        ("--model={halting='fixed', finish=true, injection='hyper'}", "and no 'injection = hyper'"),
         ("--train.exit_interval=0", "'exit_interval' must be at least 1"),
         ("--train.warm_up=1", "'warm_up' in [0, 1)"),
         ("--train.warm_depth=4", "'train.warm_depth' 4 must lie in 1..3, or be 0"),
