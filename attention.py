@@ -220,11 +220,14 @@ def _add_queries(
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     if EDGE:
         seen = (key[:, None] <= row[None, :]) & (row[None, :] <= last[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
     p = tl.exp2(scores * scale - high[None, :])
+    if EDGE:
+        p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(g), input_precision="ieee")
     ds = p * (dp - d[None, :])
+    if EDGE:
+        ds = tl.where(seen, ds, 0.0)  # zero times what may not be finite: these are other documents' queries
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
