@@ -14,7 +14,9 @@ feed the <|endoftext|> that ends an answer, go on with <|user|>.
 
 System text opens the user turn that follows it, with a blank line between. Turns are stripped of white space at both
 ends, neighbours of one role are joined by a blank line, and a turn's text follows its marker without a space. Text is
-encoded as text whatever it says: "<|user|>" typed by a user is five or so ordinary tokens.
+encoded as text whatever it says: "<|user|>" typed by a user is five or so ordinary tokens. One thing is taken off data
+that are read: a written-out "<|endoftext|>" behind an answer (all of P3's, as Self-Instruct has them), which would teach
+the model to spell its end before it ends.
 """
 
 import hashlib
@@ -73,7 +75,7 @@ def conversation(row):
         raise FormError(f"no conversation in the keys {keys(row)}; known forms: {FORMS['sft']}{hint}")
     if not isinstance(talk, list):
         raise FormError(f"the conversation is {type(talk).__name__}, not a list of messages")
-    talk = messages(talk)
+    talk = unmarked(messages(talk))
     if system and all(message["role"] != "system" for message in talk):
         talk = messages(system, "system") + talk
     return talk
@@ -91,7 +93,7 @@ def preference(row):
     if not whole and prompt is None:
         wanted = "without 'prompt', chosen and rejected must be lists of messages or start with '\\n\\nHuman:'"
         raise FormError(f"no prompt in the keys {keys(row)}; {wanted}; known forms: {FORMS['preference']}")
-    chosen, rejected = messages(chosen, "assistant"), messages(rejected, "assistant")
+    chosen, rejected = (unmarked(messages(side, "assistant")) for side in (chosen, rejected))
     if whole:  # both tell the whole conversation: the prompt is what they share
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
         if chosen == rejected:
@@ -100,7 +102,15 @@ def preference(row):
     system = pick(row, "system_prompt", "system")
     if system and all(message["role"] != "system" for message in prompt):
         prompt = messages(system, "system") + prompt
-    return Pair(prompt, chosen, rejected)
+    return Pair(unmarked(prompt), chosen, rejected)
+
+
+def unmarked(talk):
+    """Messages whose answers do not end with a written-out <|endoftext|>."""
+    for message in talk:
+        if message["role"] == "assistant":
+            message["content"] = message["content"].removesuffix("<|endoftext|>").rstrip()
+    return talk
 
 
 def pick(row, *names):

@@ -87,6 +87,8 @@ SFT = {
     "instruction, empty input": ({"instruction": "Add", "input": "", "output": "3"}, [user("Add"), assistant("3")]),
     "dolly": ({"instruction": "Add", "context": "1 2", "response": "3"}, [user("Add\n\n1 2"), assistant("3")]),
     "prompt": ({"prompt": "Hi", "response": " Hello\n"}, HI),
+    "an end that is written out": ({"prompt": "Hi", "response": "Hello <|endoftext|>\n"}, HI),
+    "not so of a user": ({"messages": [user("Hi<|endoftext|>"), HI[1]]}, [user("Hi<|endoftext|>"), HI[1]]),
     "prompt and completion": ({"prompt": "Hi", "completion": "Hello"}, HI),
     "prompt and completion as messages": ({"prompt": HI[:1], "completion": HI[1:]}, HI),
     "transcript": ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Hello"}, HI),
@@ -119,6 +121,7 @@ def test_every_form_of_conversation():
 
 PAIRS = {
     "strings": {"prompt": "Hi", "chosen": "yes", "rejected": "no"},
+    "ends that are written out": {"prompt": "Hi", "chosen": "yes<|endoftext|>", "rejected": "no<|endoftext|>"},
     "messages": {"prompt": [user("Hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
     "whole messages (UltraFeedback)": {
         "prompt": "Hi",
@@ -560,7 +563,7 @@ def test_neighbours_do_not_change_a_pair(pairs, tiny_model):
 # the configs of the repository
 
 
-@pytest.mark.parametrize("name, train, val", [("sft_shared", 52_000, 4_400), ("dpo_shared", 26_500, 2_000)])
+@pytest.mark.parametrize("name, train, val", [("sft_shared", 51_700, 4_390), ("dpo_shared", 26_500, 2_000)])
 def test_shared_configs_prepare_fully(name, train, val, monkeypatch, tmp_path):
     if not SHARED.exists():
         pytest.skip("no ../shared/data here")
