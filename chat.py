@@ -15,8 +15,8 @@ feed the <|endoftext|> that ends an answer, go on with <|user|>.
 System text opens the user turn that follows it, with a blank line between. Turns are stripped of white space at both
 ends, neighbours of one role are joined by a blank line, and a turn's text follows its marker without a space. Text is
 encoded as text whatever it says: "<|user|>" typed by a user is five or so ordinary tokens. One thing is taken off data
-that are read: a written-out "<|endoftext|>" behind an answer (all of P3's, as Self-Instruct has them), which would teach
-the model to spell its end before it ends.
+that are read: a written-out "<|endoftext|>" behind an answer (Self-Instruct's copy of P3 has one everywhere), which
+would teach the model to spell its end before it ends.
 """
 
 import hashlib

@@ -281,17 +281,17 @@ def draw(found, file):
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")
-    _, axes = pyplot.subplots(1, len(found["domains"]) + 1, figsize=(4 * len(found["domains"]) + 4, 3.6), squeeze=False)
+    panels = len(found["domains"]) + 1
+    figure, axes = pyplot.subplots(1, panels, figsize=(4 * panels + 1, 3.6), squeeze=False, layout="constrained")
     for axis, (name, of) in zip(axes[0], found["domains"].items()):
         for memory, losses in zip(found["memory"], of["by_position"]):
             axis.plot(found["buckets"], [np.nan if x is None else x for x in losses], "o-", label=f"memory {memory}")
         axis.set(title=name, xlabel="position in the document", ylabel="nats per token")
         axis.tick_params("x", rotation=45)
-        axes[0, -1].plot(found["memory"], np.subtract(of["nats"], min(of["nats"])), "o-", label=name)
-    axes[0, 0].legend()
+        axes[0, -1].plot([*map(str, found["memory"])], np.subtract(of["nats"], min(of["nats"])), "o-", label=name)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right")
     axes[0, -1].set(title="all positions", xlabel="memory (tokens)", ylabel="nats above the best")
     axes[0, -1].legend()
-    pyplot.tight_layout()
     pyplot.savefig(file, dpi=150)
     pyplot.close()
 
