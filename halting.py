@@ -235,7 +235,8 @@ class ExitFit:
         mean = (self.sums / count).double()
         gram, moment = mean[:, :-1, :-1], mean[:, :-1, -1:]
         gram.diagonal(dim1=1, dim2=2)[:, :D] += self.ridge  # features have a mean square of 1; not for the bias
-        solution = torch.linalg.solve(gram, moment)[..., 0].float()
+        # Cholesky: `linalg.solve` of several matrices has failed on a CPU (torch 2.13, after set_num_threads)
+        solution = torch.cholesky_solve(moment, torch.linalg.cholesky(gram))[..., 0].float()
         head = self.model.halting
         head.weight[:-1], head.bias[:-1] = solution[:, :D], solution[:, D]
 
