@@ -223,6 +223,7 @@ class Trainer:
         metrics = stage.metrics(dict(zip(stage.groups, of_groups)), own) | {
             "objective": objective,
             "depth": depth / number,
+            "executed_depth": depths[0] if isinstance(depths[0], int) else self.cfg.model.max_depth,
             "context": context,
             "ponder_weight": self.ponder.value,
             "tolerance": self.cfg.model.tolerance,
@@ -399,8 +400,8 @@ class Trainer:
         tokens took; `hardware_utilisation` those of every step for every token, which is what is run without
         `capacities`."""
         flops = {
-            key: 3 * rate * self.model.flops_per_token(depth, metrics["context"])
-            for key, depth in (("utilisation", metrics["depth"]), ("hardware_utilisation", self.cfg.model.max_depth))
+            key: 3 * rate * self.model.flops_per_token(metrics[depth], metrics["context"])
+            for key, depth in (("utilisation", "depth"), ("hardware_utilisation", "executed_depth"))
         }
         peak = self.peak * self.world
         result = {key: round(value / peak, 4) if peak else "n/a" for key, value in flops.items()}
@@ -454,7 +455,9 @@ class Trainer:
         tokens took, `executed` those of all steps (fewer run with `capacities`); seconds are of training alone, at the
         median speed."""
         lines = [line for line in log.lines if line["event"] == "train"]
-        mean = {key: statistics.fmean(line[key] for line in lines) for key in ("depth", "context")}
+        most = self.cfg.model.max_depth  # of lines from before `executed_depth`
+        keys = "depth", "executed_depth", "context"
+        mean = {key: statistics.fmean(line.get(key, most) for line in lines) for key in keys}
         tokens = self.steps * self.t.batch_size * self.t.segment
         speed = statistics.median(line["tokens_per_second"] for line in lines)
         count = lambda depth: 3 * tokens * self.model.flops_per_token(depth, mean["context"])  # noqa: E731
@@ -463,7 +466,7 @@ class Trainer:
         return {
             "name": self.out.name, "stage": self.cfg.stage, "commit": commit or None, "seed": self.t.seed,
             "parameters": self.model.parameter_counts()["total"], "tokens": tokens,
-            "flops": count(mean["depth"]), "executed_flops": count(self.cfg.model.max_depth),
+            "flops": count(mean["depth"]), "executed_flops": count(mean["executed_depth"]),
             "tokens_per_second": speed, "seconds": round(tokens / speed, 1), "device": self.device_name(),
             "torch": torch.__version__, "data": self.cfg.data.path,
             "validation": next(reversed(log.evaluations()), None),

@@ -506,8 +506,10 @@ def test_warming_up_takes_one_depth_and_fits_nothing(workplace, monkeypatch):
     fits, fit = [], train.Trainer.fit_exit
     monkeypatch.setattr(train.Trainer, "fit_exit", lambda self, *a: fits.append(self.step) or fit(self, *a))
     assert run(monkeypatch, *settings) == 0
-    depths = [line["depth"] for line in curve(workplace / "run") if line["event"] == "train"]
+    lines = [line for line in curve(workplace / "run") if line["event"] == "train"]
+    depths = [line["depth"] for line in lines]
     assert depths[: STEPS // 2] == [2.0] * (STEPS // 2) and all(depth % 1 for depth in depths[STEPS // 2 :])
+    assert [line["executed_depth"] for line in lines] == [2] * (STEPS // 2) + [3] * (STEPS // 2)
     assert fits == list(range(STEPS // 2, STEPS, 2))
 
 
