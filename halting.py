@@ -235,8 +235,8 @@ class ExitFit:
         mean = (self.sums / count).double()
         gram, moment = mean[:, :-1, :-1], mean[:, :-1, -1:]
         gram.diagonal(dim1=1, dim2=2)[:, :D] += self.ridge  # features have a mean square of 1; not for the bias
-        # Cholesky: `linalg.solve` of several matrices has failed on a CPU (torch 2.13, after set_num_threads)
-        solution = torch.cholesky_solve(moment, torch.linalg.cholesky(gram))[..., 0].float()
+        # one at a time: of several at once it has failed on a CPU (torch 2.13, after set_num_threads)
+        solution = torch.cat([torch.linalg.solve(a, b) for a, b in zip(gram, moment)], 1).T.float()
         head = self.model.halting
         head.weight[:-1], head.bias[:-1] = solution[:, :D], solution[:, D]
 
