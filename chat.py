@@ -93,7 +93,7 @@ def preference(row):
     if not whole and prompt is None:
         wanted = "without 'prompt', chosen and rejected must be lists of messages or start with '\\n\\nHuman:'"
         raise FormError(f"no prompt in the keys {keys(row)}; {wanted}; known forms: {FORMS['preference']}")
-    chosen, rejected = (unmarked(messages(side, "assistant")) for side in (chosen, rejected))
+    chosen, rejected = messages(chosen, "assistant"), messages(rejected, "assistant")
     if whole:  # both tell the whole conversation: the prompt is what they share
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
         if chosen == rejected:
@@ -102,7 +102,7 @@ def preference(row):
     system = pick(row, "system_prompt", "system")
     if system and all(message["role"] != "system" for message in prompt):
         prompt = messages(system, "system") + prompt
-    return Pair(unmarked(prompt), chosen, rejected)
+    return Pair(*map(unmarked, (prompt, chosen, rejected)))
 
 
 def unmarked(talk):
