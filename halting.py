@@ -235,9 +235,11 @@ class ExitFit:
         mean = (self.sums / count).double()
         gram, moment = mean[:, :-1, :-1], mean[:, :-1, -1:]
         gram.diagonal(dim1=1, dim2=2)[:, :D] += self.ridge  # features have a mean square of 1; not for the bias
-        # one at a time: of several at once it has failed on a CPU (torch 2.13, after set_num_threads)
-        solution = torch.cat([torch.linalg.solve(a, b) for a, b in zip(gram, moment)], 1).T.float()
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        solution = torch.cholesky_solve(moment, factor)[..., 0].float()
         head = self.model.halting
+        old = torch.cat([head.weight[:-1], head.bias[:-1, None]], 1)
+        solution = torch.where(failed[:, None] == 0, solution, old)  # by rounding a matrix may be no Gram matrix
         head.weight[:-1], head.bias[:-1] = solution[:, :D], solution[:, D]
 
     def values(self, states):

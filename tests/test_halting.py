@@ -129,6 +129,21 @@ def test_the_exit_head_is_not_fitted_to_what_is_not_finite_or_not_there():
     assert torch.equal(fit.sums, before[2])
 
 
+def test_a_step_whose_sums_are_no_gram_matrix_keeps_its_head():
+    model = build(halting="exit")
+    fit, weight, bias = ExitFit(model, target_depth=2, decay=0.0), torch.randn(4, 32), torch.zeros(4)
+    fit.update(*linear_gains(200, weight, bias))
+    old = model.halting.weight.clone()
+    fit.update(*linear_gains(200, -weight, bias))
+    new = model.halting.weight.clone()
+    for broken in (-1e6, math.nan):
+        model.halting.weight.copy_(old)
+        fit.sums[2, 5, 5] = broken
+        fit.solve()
+        assert torch.equal(model.halting.weight[2], old[2]) and not torch.equal(old[2], new[2])
+        torch.testing.assert_close(model.halting.weight[[0, 1, 3]], new[[0, 1, 3]])
+
+
 def test_packed_are_the_active_tokens_and_then_others():
     active = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
     packed, x = Packed.of(active, 5), torch.randn(8, 3, dtype=torch.double, requires_grad=True)
