@@ -170,22 +170,24 @@ def perplexity(args):
     if wrong := [k for k in args.depths or [] if k not in depths]:
         raise InputError(f"--depth {wrong[0]} is outside {depths[0]}..{depths[-1]}, the depths of this model")
     own, window = model.config, segment + args.memory
-    for tolerance in args.tolerances or []:
-        set_tolerance(model, tolerance)  # wrong ones are refused before the long work
+    rules = [("tolerance", x) for x in args.tolerances or []] + [("stability", x) for x in args.stabilities or []]
+    for rule, value in rules:
+        set_tolerance(model, value, rule)  # wrong ones are refused before the long work
+        model.config = own
     if args.sliding is not None and not 1 <= args.sliding <= window:
         raise InputError(f"--sliding {args.sliding} must lie in 1..{window}, the window (segment + memory)")
     domains, table = read_domains(args, meta), [["", "domain", "nats", "bits/byte", "perplexity", "depth", "tokens"]]
-    rules = [(None, None), *((None, x) for x in args.tolerances or []), *((k, None) for k in args.depths or [])]
+    rules = [(None, None), *rules, *(("depth", k) for k in args.depths or [])]
     rows = []
     for sliding in (None, args.sliding) if args.sliding else (None,):
-        for depth, tolerance in rules:
+        for rule, value in rules:
             model.config = own
             model.set_tolerance(own.tolerance)
             label = f"sliding {sliding} of {window}" if sliding else f"memory {args.memory}"
-            label += f", depth {depth}" if depth else ""
-            if tolerance is not None:
-                set_tolerance(model, tolerance)
-                label += f", tolerance {tolerance:g}"
+            label += f", {rule} {value:g}" if rule else ""
+            depth = value if rule == "depth" else None
+            if rule in ("tolerance", "stability"):
+                set_tolerance(model, value, rule)
             found = {}
             for name, documents in domains.items():
                 if sliding:
@@ -193,12 +195,8 @@ def perplexity(args):
                 else:
                     scores = score(model, documents, args.memory, segment, args.rows, depth, f"{name}, {label}")
                 found[name] = summarize(scores)
-            row = {
-                "depth": depth,
-                "tolerance": tolerance,
-                "memory": None if sliding else args.memory,
-                "sliding": sliding,
-            }
+            row = {name: value if name == rule else None for name in ("depth", "tolerance", "stability")}
+            row |= {"memory": None if sliding else args.memory, "sliding": sliding}
             rows.append(row | {"domains": found, "macro": macro(found)})
             for i, (name, of) in enumerate([*found.items(), ("macro", rows[-1]["macro"])]):
                 cells = [f"{of[key]:.{n}f}" for key, n in
@@ -365,7 +363,9 @@ def parse(argv):
                          help="also with windows of segment + memory tokens every STRIDE, without memory")  # fmt: skip
     command.add_argument("--tolerance", dest="tolerances", type=float, nargs="+", metavar="X",
                          help="also where tokens halt by these tolerances: see sample.py --help")  # fmt: skip
-    command.set_defaults(depth=None, tolerance=None)
+    command.add_argument("--stability", dest="stabilities", type=float, nargs="+", metavar="X",
+                         help="also where they halt by stability: see sample.py --help")  # fmt: skip
+    command.set_defaults(depth=None, tolerance=None, stability=None)
     command = add(context, "loss by position in the document and by memory length; the context wall")
     add_text_options(command)
     command.add_argument("--memory", dest="memories", type=int, nargs="+", metavar="M", default=[0, 512, 1024, 2048],

@@ -79,6 +79,9 @@ def add_model_options(parser, weights="full"):
                        help="a token halts when the exit head says less than X nats: of what the next step wins or, "
                        "by loss, above the bars of training (0 is its depth, 0.2 less, -0.2 more); without that head, "
                        "when a step changes its normalised state by less than X (RMS); say 0.1")  # fmt: skip
+    group.add_argument("--stability", type=float, metavar="X",
+                       help="also with an exit head, a token halts when a step changes its normalised state by less "
+                       "than X (RMS); say 0.3")  # fmt: skip
     group.add_argument("--memory", type=int, metavar="M", help="tokens of memory (default: as last trained)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:INDEX (default: auto)")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
@@ -106,10 +109,11 @@ def load_model(args):
     depths = model.config.depths
     if args.depth is not None and args.depth not in depths:
         raise InputError(f"--depth {args.depth} is outside {depths[0]}..{depths[-1]}, the depths of this model")
-    if args.tolerance is not None:
-        if args.depth is not None:
-            raise InputError("--depth forces the steps of every token; leave --tolerance out")
-        set_tolerance(model, args.tolerance)
+    rules = [name for name in ("depth", "tolerance", "stability") if getattr(args, name) is not None]
+    if len(rules) > 1:
+        raise InputError(f"--{rules[0]} and --{rules[1]} are two rules for the steps of a token; leave one of them out")
+    if rules and rules[0] != "depth":
+        set_tolerance(model, getattr(args, rules[0]), rules[0])
     model.weight_format = weight_format(args.weights, model)
     if args.memory is None:
         args.memory = meta["memory"]
@@ -126,18 +130,19 @@ def weight_format(name, model):
     return name if name in packed.FORMATS else None
 
 
-def set_tolerance(model, tolerance):
-    """Make tokens halt by this tolerance, see `ModelConfig.halting`. Raises `InputError`."""
+def set_tolerance(model, tolerance, option="tolerance"):
+    """Make tokens halt by this tolerance, see `ModelConfig.halting`: of the model's own rule, or, where it has none or
+    `option` is "stability", of that. Raises `InputError`."""
     if model.config.halting == "act":
-        raise InputError(f"--tolerance {tolerance} is for models without a head for ACT, and this one has one")
+        raise InputError(f"--{option} {tolerance} is for models without a head for ACT, and this one has one")
     if not math.isfinite(tolerance):
-        raise InputError(f"--tolerance {tolerance} is not a finite number")
-    rule = "exit" if model.config.halting == "exit" else "stability"
+        raise InputError(f"--{option} {tolerance} is not a finite number")
     try:
-        model.config = replace(model.config, halting=rule)
+        if option == "stability" or model.config.halting == "fixed":
+            model.config = replace(model.config, halting="stability", exit_by="gain", tolerance=0.0)
         model.set_tolerance(tolerance)
     except ValueError as error:
-        raise InputError(f"--tolerance: {error}") from None
+        raise InputError(f"--{option}: {error}") from None
 
 
 def check(args):

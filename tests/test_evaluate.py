@@ -279,6 +279,21 @@ def test_an_exit_head_has_a_tolerance_of_its_own(tmp_path, write_run, texts, cap
         assert depths[1] == 4 > depths[0] == depths[2] > depths[3] == 1
 
 
+def test_tokens_of_an_exit_head_can_halt_by_stability(tmp_path, write_run, texts, capsys):
+    """With the tolerance 0 none does, and between other rules each counts by itself."""
+    write_run(tmp_path, halting="exit", exit_by="loss", tolerance=-0.5, finish=True)
+    argv = ["--data", texts, "--tolerance", 99, "--stability", 0, 1.1, 9, "--depth", 4, "--json", tmp_path / "s.json"]
+    code, out, _ = run(capsys, "perplexity", tmp_path, *argv, "--device", "cpu")
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert code == 0 and [row["stability"] for row in rows] == [None, None, 0, 1.1, 9, None] and "stability 1.1" in out
+    depths = [row["macro"]["depth"] for row in rows]
+    assert depths[2] == depths[5] == 4 > depths[3] > depths[4] == depths[1] == 2
+    assert rows[2]["macro"]["nats"] == pytest.approx(rows[5]["macro"]["nats"])
+    for value, message in (("nan", "not a finite number"), (-1, "must not be negative")):
+        code, _, err = run(capsys, "perplexity", tmp_path, "--data", texts, "--stability", value, "--device", "cpu")
+        assert code == 2 and message in err
+
+
 def test_bad_input_is_one_line(run_folder, texts, tmp_path, capsys, monkeypatch):
     cases = [
         (["perplexity", tmp_path / "no"], "no such folder"),
