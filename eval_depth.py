@@ -337,7 +337,8 @@ def run(args):
         topics = read_topics(texts, args.tokens)
         scores = {name: score(documents, name) for name, documents in topics.items()}
         tables = {"checkpoint": str(path), "step": meta["step"], "texts": str(texts), "max_depth": N}
-        tables |= {"forced_depth": args.depth, "memory": args.memory, "segment": segment, "seed": args.seed}
+        tables |= {"forced_depth": args.depth, "tolerance": args.tolerance, "stability": args.stability}
+        tables |= {"memory": args.memory, "segment": segment, "seed": args.seed}
         tables |= report(scores, N, args.seed, by_class(topics, scores) if args.by_class else None)
         if args.forced:
             forced = [

@@ -317,6 +317,7 @@ def zeroshot(args):
     seconds = time.perf_counter() - started
     print(f"{seconds:.1f} s", file=sys.stderr)
     found = {"checkpoint": str(path), "step": meta["step"], "limit": args.limit, "forced_depth": args.depth}
+    found |= {"tolerance": args.tolerance, "stability": args.stability}
     return tasks.as_table(table), found | {"seconds": seconds, "tasks": table}
 
 

@@ -239,7 +239,8 @@ class ExitFit:
         solution = torch.cholesky_solve(moment, factor)[..., 0].float()
         head = self.model.halting
         old = torch.cat([head.weight[:-1], head.bias[:-1, None]], 1)
-        solution = torch.where(failed[:, None] == 0, solution, old)  # by rounding a matrix may be no Gram matrix
+        good = (failed == 0)[:, None] & solution.isfinite()  # by rounding a matrix may be no Gram matrix
+        solution = torch.where(good.all(1, keepdim=True), solution, old)
         head.weight[:-1], head.bias[:-1] = solution[:, :D], solution[:, D]
 
     def values(self, states):
