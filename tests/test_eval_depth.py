@@ -220,6 +220,15 @@ def test_fixed_depth_has_no_correlation(tmp_path, write_run, texts, capsys):
     assert " 2.00 " in capsys.readouterr().out
 
 
+def test_tables_name_the_rule_that_made_them(tmp_path, write_run, texts):
+    folder, file = write_run(tmp_path / "exit", halting="exit", tolerance=0.7), tmp_path / "depth.json"
+    for option in ("tolerance", "stability"):
+        assert run(folder, texts / "poem.txt", f"--{option}", 99, "--json", file) == 0
+        tables = json.loads(file.read_text())
+        assert tables[option] == 99 and [tables["tolerance"], tables["stability"]].count(None) == 1
+        assert tables["all"]["depth"] == 1
+
+
 def test_forced_depths_are_those_that_the_model_has(tmp_path, write_run, texts, capsys):
     folder = write_run(tmp_path / "finish", max_depth=3, finish=True)
     assert run(folder, texts / "poem.txt", "--forced", "--json", tmp_path / "depth.json") == 0

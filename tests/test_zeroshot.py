@@ -297,6 +297,7 @@ def test_command(run_folder, tmp_path, capsys):
     assert out.startswith("task") and "openbookqa          2  acc" in out
     assert found["tasks"]["openbookqa"]["acc"] == [0.5, 0.5] and found["tasks"]["openbookqa"]["depth"] == 2
     assert found["limit"] == 2 and found["step"] == 7
+    assert found["forced_depth"] == 2 and found["tolerance"] is found["stability"] is None
 
 
 def test_bad_input_is_one_line(programs_run, run_folder, tmp_path, capsys, monkeypatch):
